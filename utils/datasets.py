@@ -1,0 +1,131 @@
+"""Which data to train on, and as which streams: shards, a text file, a download, or what is at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from utils.data_loader import TokenStream, read_text, split_text
+from utils.distributed import Distributed
+from utils.download import download
+from utils.errors import UserError
+from utils.shards import ShardStream, find_shards
+from utils.tokenizer import CharTokenizer, GPT2Tokenizer, tiktoken_is_installed
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARDS_DIR = ROOT / "edu_fineweb10B"
+TEXT_PATH = ROOT / "input.txt"
+
+TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt"
+TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINY_SHAKESPEARE_BYTES = 1_115_394
+
+
+class Source(NamedTuple):
+    """Where the data comes from.
+
+    kind: "shards", "text", "download" (fetched to `path` before use) or "pydoc" (Python's own documentation,
+        no file).
+    """
+
+    kind: str
+    path: Path | None
+    reason: str
+
+
+def choose_source(requested: str | None) -> Source:
+    """What to train on, without touching the network: `--data`, shards, input.txt, or else a download."""
+    if requested is not None:
+        path = Path(requested)
+        kind = "shards" if path.is_dir() else "text"
+        return Source(kind, path, "--data")
+    if find_shards(SHARDS_DIR, "train"):
+        return Source("shards", SHARDS_DIR, "the folder holds shards")
+    if TEXT_PATH.exists():
+        return Source("text", TEXT_PATH, f"no shards in {SHARDS_DIR.name}/")
+    return Source("download", TEXT_PATH, f"no shards in {SHARDS_DIR.name}/ and no {TEXT_PATH.name}")
+
+
+def fetch(source: Source, dist: Distributed) -> Source:
+    """Gets Tiny Shakespeare where that was chosen, once a machine, and falls back to Python's documentation
+    without a network.
+    """
+    if source.kind != "download":
+        return source
+    if dist.local_rank == 0 and not source.path.exists():
+        try:
+            download(TINY_SHAKESPEARE_URL, source.path, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_BYTES)
+        except OSError as error:
+            print(
+                f"warning: cannot download Tiny Shakespeare ({error}); "
+                f"put any text into {source.path} to train on it"
+            )
+    dist.barrier()
+    # Every rank looks at its own machine's disk; open_streams compares what they found.
+    if source.path.exists():
+        return Source("text", source.path, source.reason + ": Tiny Shakespeare was downloaded")
+    return Source("pydoc", None, source.reason + ", no network: the documentation inside Python")
+
+
+def choose_tokenizer(requested: str) -> str:
+    """ "gpt2" or "char": GPT-2's BPE needs tiktoken; without it characters must do, with a warning."""
+    if requested == "gpt2" and not tiktoken_is_installed():
+        print("warning: tiktoken is not installed, training on characters instead (pip install tiktoken)")
+        return "char"
+    return requested
+
+
+def open_streams(source: Source, tokenizer_name: str, seq_len: int, dist: Distributed):
+    """Opens the data.
+
+    Args:
+        source: as `fetch` returned it.
+        tokenizer_name: "gpt2" or "char".
+        seq_len: T; each split must hold a window of it.
+
+    Returns:
+        (tokenizer, train stream, val stream).
+
+    Raises:
+        UserError: missing, empty, damaged or too short data, or ranks that see different data.
+    """
+    if source.kind == "shards":
+        if tokenizer_name == "char":
+            raise UserError(
+                f"{source.path} holds GPT-2 tokens, not characters",
+                "use --tokenizer gpt2, or give --data a text file",
+            )
+        tokenizer = GPT2Tokenizer()
+        train, val = (
+            ShardStream(source.path, split, tokenizer.num_words, seq_len) for split in ("train", "val")
+        )
+    else:
+        path = source.path or Path(f"pydoc_data.topics of Python {_python_version()}")
+        text = read_text(source.path) if source.path else python_documentation()
+        tokenizer = CharTokenizer.from_text(text) if tokenizer_name == "char" else GPT2Tokenizer()
+        train, val = split_text(path, text, tokenizer.encode(text), seq_len)
+    _check_ranks_agree(train, val, dist)
+    return tokenizer, train, val
+
+
+def _check_ranks_agree(train: TokenStream, val: TokenStream, dist: Distributed) -> None:
+    mine = [train.fingerprint(), val.fingerprint()]
+    if dist.broadcast(mine) != mine:
+        raise UserError(
+            f"rank {dist.rank} sees other data than rank 0 in {train.name}",
+            "give every machine the same files",
+            one_rank_only=True,
+        )
+
+
+def python_documentation() -> str:
+    """The language reference that ships inside Python, about 700 kB of English."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _python_version() -> str:
+    import platform
+
+    return platform.python_version()

@@ -1,0 +1,143 @@
+"""One process or many: the only reader of torchrun's variables. Alone, every collective is a no-op, so
+callers never ask.
+
+NCCL between GPUs, gloo between CPUs. Flags and small Python values travel over a second, gloo group on the
+CPU, so they cost no
+device synchronisation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Iterator
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from utils.errors import UserError
+
+
+def environment_rank() -> int:
+    """This process's number in the job, 0 when alone."""
+    return int(os.environ.get("RANK", 0))
+
+
+def environment_local_rank() -> int:
+    """This process's number on its machine, 0 when alone."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+@dataclass
+class Distributed:
+    """This process's place in the job, and the collectives."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    control_group: Any = field(default=None, repr=False)  # gloo on the CPU, for flags and Python objects
+
+    @property
+    def is_master(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.world_size == 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds a tensor up over all ranks, in place, on the device."""
+        if not self.is_alone:
+            torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.SUM)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over all ranks, in place. SUM and a division, because gloo has no reliable AVG."""
+        return self.sum(tensor).div_(self.world_size)
+
+    def max_number(self, number: float) -> float:
+        """Largest of all ranks' numbers, over the control group."""
+        if self.is_alone:
+            return number
+        value = torch.tensor(number, dtype=torch.float64)
+        torch_dist.all_reduce(value, op=torch_dist.ReduceOp.MAX, group=self.control_group)
+        return value.item()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's Python value, on every rank, over the control group."""
+        if self.is_alone:
+            return value
+        box = [value]
+        torch_dist.broadcast_object_list(box, src=0, group=self.control_group)
+        return box[0]
+
+    def broadcast_tensors(self, tensors: list[Tensor]) -> None:
+        """Overwrites every rank's tensors with rank 0's."""
+        if not self.is_alone:
+            for tensor in tensors:
+                torch_dist.broadcast(tensor, src=0)
+
+    def barrier(self) -> None:
+        """Waits until all ranks are here."""
+        if not self.is_alone:
+            torch_dist.barrier(group=self.control_group)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to train through: DistributedDataParallel, or the model itself when alone.
+
+        Gradients live in the buckets that are sent (`gradient_as_bucket_view`), and buckets of 25 MB let the
+        exchange of the last
+        layers overlap the backward pass through the first ones.
+        """
+        if self.is_alone:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=25
+        )
+
+    def exchange_gradients(self, model: nn.Module, now: bool):
+        """Context for forward *and* backward of a micro-step: gradients are exchanged only where `now` is
+        true.
+        """
+        return contextlib.nullcontext() if now or self.is_alone else model.no_sync()
+
+
+@contextlib.contextmanager
+def start(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distributed]:
+    """Joins the job that torchrun describes in the environment, and leaves it at the end.
+
+    Args:
+        device: of this process.
+        timeout_seconds: a collective that waits longer ends the process.
+
+    Raises:
+        UserError: torchrun's variables contradict each other or are missing in part.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if "WORLD_SIZE" not in os.environ or (int(os.environ["WORLD_SIZE"]) == 1 and missing):
+        yield Distributed(device)
+        return
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} but {', '.join(missing)} not set",
+            "start with torchrun, or unset WORLD_SIZE",
+        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK={rank} but WORLD_SIZE={world_size}", "start with torchrun")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=timeout_seconds)
+    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        control_group = torch_dist.new_group(backend="gloo", timeout=timeout)
+        yield Distributed(device, rank, environment_local_rank(), world_size, control_group)
+    finally:
+        torch_dist.destroy_process_group()

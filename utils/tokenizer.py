@@ -1,0 +1,157 @@
+"""Text to token ids and back: GPT-2's byte-pair encoding, and single characters for the smallest experiments.
+
+Both tokenizers have the same few members:
+    name            "gpt2" or "char"
+    num_words       ids that exist, 0..num_words-1
+    vocab_size      num_words, padded for the model where that pays
+    end_of_text     id of <|endoftext|>, or None
+    encode(text)    -> 1-D numpy array of ids, no special tokens; uint16, or uint32 where ids need it
+    decode(ids)     -> text
+    state()         -> plain dict for a checkpoint; `tokenizer_from_state` reads it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from functools import lru_cache
+from pathlib import Path
+from typing import Iterable
+
+import numpy as np
+
+from utils.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+PADDED_GPT2_VOCAB = (
+    50304  # 393 x 128: matrix products like multiples of 128; the 47 extra words are never sampled
+)
+MERGES_PATH = Path(__file__).with_name("gpt2_bpe") / "vocab.bpe.xz"
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # pinned by tiktoken, too
+# How GPT-2 cuts text into pieces before it merges bytes, with possessive quantifiers (++): same pieces, no
+# backtracking.
+SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class GPT2Tokenizer:
+    """GPT-2's BPE through tiktoken, from the merges that travel with the project: no download, no cache."""
+
+    name = "gpt2"
+    num_words = 50257
+    vocab_size = PADDED_GPT2_VOCAB
+    end_of_text = 50256
+
+    def __init__(self):
+        self.encoding = gpt2_encoding()
+
+    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """Ids of `text`, uint16.
+
+        The letters "<|endoftext|>" are text like any other unless `allow_special`.
+        """
+        if allow_special:
+            return np.array(self.encoding.encode(text, allowed_special={END_OF_TEXT}), dtype=np.uint16)
+        return np.array(self.encoding.encode_ordinary(text), dtype=np.uint16)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        return self.encoding.decode([int(i) for i in ids])
+
+    def state(self) -> dict:
+        return {"name": self.name}
+
+
+class CharTokenizer:
+    """One id a character. The vocabulary is the sorted set of a text's characters."""
+
+    name = "char"
+    end_of_text = None
+
+    def __init__(self, characters: str):
+        self.characters = characters
+        self.num_words = self.vocab_size = len(characters)
+        self._id_of = {character: i for i, character in enumerate(characters)}
+
+    @classmethod
+    def from_text(cls, text: str) -> CharTokenizer:
+        return cls("".join(sorted(set(text))))
+
+    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """Ids of `text`; characters outside the vocabulary are left out, with one line that names them."""
+        unknown = sorted(set(text) - self._id_of.keys())
+        if unknown:
+            print(
+                f"warning: {len(unknown)} characters are not in the vocabulary and left out: {''.join(unknown[:20])!r}"
+            )
+        dtype = np.uint16 if self.num_words <= 1 << 16 else np.uint32
+        return np.array(
+            [self._id_of[character] for character in text if character in self._id_of], dtype=dtype
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.characters[int(i)] for i in ids)
+
+    def state(self) -> dict:
+        return {"name": self.name, "characters": self.characters}
+
+
+def tokenizer_from_state(state: dict) -> GPT2Tokenizer | CharTokenizer:
+    """The tokenizer whose `state()` a checkpoint holds."""
+    if state["name"] == "char":
+        return CharTokenizer(state["characters"])
+    return GPT2Tokenizer()
+
+
+def tiktoken_is_installed() -> bool:
+    try:
+        import tiktoken  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=None)
+def gpt2_encoding():
+    """tiktoken's Encoding for GPT-2, built from the merges under utils/gpt2_bpe/.
+
+    Raises UserError if it cannot be.
+    """
+    try:
+        import tiktoken
+    except ImportError as error:
+        raise UserError(
+            "tiktoken is not installed", "pip install tiktoken, or use --tokenizer char"
+        ) from error
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=SPLIT_PATTERN,
+        mergeable_ranks=load_merges(),
+        special_tokens={END_OF_TEXT: 50256},
+        explicit_n_vocab=50257,
+    )
+
+
+def load_merges(path: Path = MERGES_PATH) -> dict[bytes, int]:
+    """Reads the merge table into bytes -> id. Raises UserError unless its SHA-256 is the published one."""
+    data = lzma.decompress(path.read_bytes())
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != MERGES_SHA256:
+        raise UserError(
+            f"{path} has SHA-256 {digest} (expected {MERGES_SHA256})",
+            "restore the file: git checkout -- utils/gpt2_bpe",
+        )
+    # The file writes each byte as a printable character: printable bytes as themselves, the other 68 as
+    # U+0100 onwards.
+    # Ids 0..255 are the bytes in that order, printable ones first.
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    ranks = {bytes([byte]): i for i, byte in enumerate(printable + others)}
+    for line in data.decode("utf-8").split("\n")[1:-1]:  # the first line is a version, the last one empty
+        ranks[bytes(byte_of[character] for character in line.replace(" ", ""))] = len(ranks)
+    return ranks
