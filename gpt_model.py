@@ -329,7 +329,7 @@ class GPT(nn.Module):
         if not str(source).endswith(".pt") and not Path(source).exists():
             raise UserError(
                 f"unknown model {str(source)!r}; choose {', '.join(PRETRAINED_CONFIGS)}",
-                "or give a checkpoint (log/model_*.pt) or a folder that save_pretrained of transformers wrote",
+                "or give a checkpoint (log/model_*.pt) or a folder of transformers",
             )
         return cls.from_checkpoint(source, device)
 

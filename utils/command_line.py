@@ -1,4 +1,4 @@
-"""The command line of every script: `-` and `_` alike, no abbreviations, errors in the project's two lines."""
+"""The command line of every script: `-` and `_` alike, no abbreviations, errors in two lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Downloads that are checked before they count: to a temporary name, size and SHA-256 compared, then renamed."""
+"""Downloads that are checked before they count: to a temporary name, compared by SHA-256, then renamed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def download(
         found_bytes, found_sha256 = part.stat().st_size, sha256_of(part)
         if found_sha256 != sha256 or num_bytes not in (None, found_bytes):
             raise OSError(
-                f"{url} is not the expected file: {found_bytes:,} bytes, SHA-256 {found_sha256} (expected {sha256})"
+                f"{url} is not the expected file: {found_bytes:,} bytes, SHA-256 {found_sha256} "
+                f"(expected {sha256})"
             )
         os.replace(part, path)
     finally:

@@ -119,7 +119,7 @@ def _outside_graphs(function: Callable) -> Callable:
     return _dynamo.disable(function)
 
 
-@_outside_graphs  # traced, the loop over chunks would be unrolled, and each chunk would have a buffer of its own
+@_outside_graphs  # traced, the loop would be unrolled, and each chunk would have a buffer of its own
 def _eager_loss(hidden, weight, targets, compute_dtype, chunk_rows):
     return _FusedCrossEntropy.apply(hidden, weight, targets, compute_dtype, chunk_rows)
 
@@ -160,7 +160,7 @@ def _negative_log_likelihood(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype that a linear layer would compute in here: autocast's where it is on, else that of its input."""
+    """The dtype a linear layer would compute in here: autocast's where it is on, else its input's."""
     device_type = hidden.device.type
     if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4
         return (

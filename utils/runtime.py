@@ -66,7 +66,7 @@ def choose_device(requested: str, local_rank: int = 0) -> Decision:
         index = local_rank if device.index is None else device.index
         if index >= num_gpus:
             raise UserError(
-                f"process {index} of this machine has no GPU of its own ({num_gpus} found: {_devices_here()})",
+                f"process {index} of this machine has no GPU of its own (found {_devices_here()})",
                 f"start at most {num_gpus} processes: torchrun --nproc_per_node={num_gpus}",
             )
         device = torch.device("cuda", index)

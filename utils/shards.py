@@ -91,7 +91,7 @@ class ShardStream(TokenStream):
         paths = find_shards(folder, split)
         if not paths:
             raise UserError(
-                f"{folder} holds no {split} shards (expected {shard_name(split, 0 if split == 'val' else 1)})",
+                f"{folder} holds no {split} shards (expected {shard_name(split, int(split == 'train'))})",
                 f"python build_fineweb_edu_shards.py --output-dir {folder}",
             )
         _check_numbers(paths)
@@ -125,14 +125,15 @@ class ShardStream(TokenStream):
             raise UserError(f"cannot read {shard.path}: {error}", REBUILD_HINT, one_rank_only=True) from error
         if len(tokens) < count:
             raise UserError(
-                f"{shard.path}: {len(tokens)} tokens at position {start} (expected {count}; truncated while in use?)",
+                f"{shard.path}: {len(tokens)} tokens at position {start} (expected {count}: truncated in use?)",
                 REBUILD_HINT,
                 one_rank_only=True,
             )
         if count and tokens.max() >= self.vocab_size:
             bad = int(np.argmax(tokens >= self.vocab_size))
             raise UserError(
-                f"{shard.path}: token {tokens[bad]} >= vocab_size {self.vocab_size} at position {start + bad}",
+                f"{shard.path}: token {tokens[bad]} >= vocab_size {self.vocab_size} "
+                f"at position {start + bad}",
                 "were the shards written with another tokenizer?",
                 one_rank_only=True,
             )

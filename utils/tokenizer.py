@@ -81,7 +81,8 @@ class CharTokenizer:
         unknown = sorted(set(text) - self._id_of.keys())
         if unknown:
             print(
-                f"warning: {len(unknown)} characters are not in the vocabulary and left out: {''.join(unknown[:20])!r}"
+                f"warning: {len(unknown)} characters are not in the vocabulary and left out: "
+                f"{''.join(unknown[:20])!r}"
             )
         dtype = np.uint16 if self.num_words <= 1 << 16 else np.uint32
         return np.array(
