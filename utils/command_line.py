@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from typing import NoReturn, Sequence
 
 from utils.errors import UserError
@@ -17,9 +18,14 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        import sys
-
         return super().parse_args(with_dashes(sys.argv[1:] if args is None else args), namespace)
+
+    def parse_defaults_and_given(self, args: Sequence[str] | None = None) -> tuple[dict, dict]:
+        """All defaults, and what was typed: a table of presets fits between the two."""
+        defaults = {name: self.get_default(name) for name in vars(self.parse_args([]))}
+        # argparse gives no default to a name that the namespace already holds.
+        parsed = vars(self.parse_args(args, argparse.Namespace(**dict.fromkeys(defaults))))
+        return defaults, {name: value for name, value in parsed.items() if value is not None}
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"python {self.prog} --help lists the flags and their defaults")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from utils.distributed import Distributed
 from utils.download import download
 from utils.errors import UserError
 from utils.shards import ShardStream, find_shards
-from utils.tokenizer import CharTokenizer, GPT2Tokenizer, tiktoken_is_installed
+from utils.tokenizer import CharTokenizer, GPT2Tokenizer, tiktoken_is_installed, tokenizer_from_state
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS_DIR = ROOT / "edu_fineweb10B"
@@ -75,12 +76,13 @@ def choose_tokenizer(requested: str) -> str:
     return requested
 
 
-def open_streams(source: Source, tokenizer_name: str, seq_len: int, dist: Distributed):
+def open_streams(source: Source, tokenizer_state: dict, seq_len: int, dist: Distributed):
     """Opens the data.
 
     Args:
         source: as `fetch` returned it.
-        tokenizer_name: "gpt2" or "char".
+        tokenizer_state: of a loaded model, or {"name": "gpt2"} or {"name": "char"}: then characters are the
+            text's.
         seq_len: T; each split must hold a window of it.
 
     Returns:
@@ -89,20 +91,23 @@ def open_streams(source: Source, tokenizer_name: str, seq_len: int, dist: Distri
     Raises:
         UserError: missing, empty, damaged or too short data, or ranks that see different data.
     """
+    by_characters = tokenizer_state["name"] == "char"
     if source.kind == "shards":
-        if tokenizer_name == "char":
+        if by_characters:
             raise UserError(
-                f"{source.path} holds GPT-2 tokens, not characters",
-                "use --tokenizer gpt2, or give --data a text file",
+                f"{source.path} holds GPT-2 tokens, not characters", "give --data a text file, or use BPE"
             )
         tokenizer = GPT2Tokenizer()
         train, val = (
             ShardStream(source.path, split, tokenizer.num_words, seq_len) for split in ("train", "val")
         )
     else:
-        path = source.path or Path(f"pydoc_data.topics of Python {_python_version()}")
+        path = source.path or Path(f"pydoc_data.topics of Python {platform.python_version()}")
         text = read_text(source.path) if source.path else python_documentation()
-        tokenizer = CharTokenizer.from_text(text) if tokenizer_name == "char" else GPT2Tokenizer()
+        if by_characters and "characters" not in tokenizer_state:
+            tokenizer = CharTokenizer.from_text(text)
+        else:
+            tokenizer = tokenizer_from_state(tokenizer_state)
         train, val = split_text(path, text, tokenizer.encode(text), seq_len)
     _check_ranks_agree(train, val, dist)
     return tokenizer, train, val
@@ -123,9 +128,3 @@ def python_documentation() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-def _python_version() -> str:
-    import platform
-
-    return platform.python_version()

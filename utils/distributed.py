@@ -60,6 +60,14 @@ class Distributed:
         """Mean over all ranks, in place. SUM and a division, because gloo has no reliable AVG."""
         return self.sum(tensor).div_(self.world_size)
 
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """Adds Python numbers up over all ranks in float64, over the control group."""
+        if self.is_alone:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.float64)
+        torch_dist.all_reduce(values, op=torch_dist.ReduceOp.SUM, group=self.control_group)
+        return values.tolist()
+
     def max_number(self, number: float) -> float:
         """Largest of all ranks' numbers, over the control group."""
         if self.is_alone:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-
-from utils.run_log import read_log, read_metrics
 
 GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's 124M weights, completion style (build-nanogpt)
 
@@ -80,3 +79,21 @@ def _draw_losses(axis, curves: dict) -> None:
         )
     axis.set_ylabel("loss (nats per token)")
     axis.legend()
+
+
+def read_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """log.txt as {kind: (steps, values)}. A torn last line is left out."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        words = line.split()
+        if len(words) == 3 and line.endswith("\n"):
+            steps, values = curves.setdefault(words[1], ([], []))
+            steps.append(int(words[0]))
+            values.append(float(words[2]))
+    return curves
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of metrics.jsonl. A torn last line is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from utils.errors import UserError
+from utils.plotting import plot_run
 
 
 class RunLog:
@@ -72,10 +74,39 @@ class RunLog:
             self.say(f"sample {number}: {text}")
             self._write(self.samples_file, f"--- step {step}, sample {number}\n{text}\n")
 
-    def advance(self) -> None:
-        """Moves the progress bar by a step."""
+    def validation(self, step: int, loss: float, tokens: int, seconds: float) -> None:
+        """Writes down a val loss, in nats, after `tokens` training tokens and `seconds` of updates."""
+        self.result(step, "val", loss)
+        self.record("val", step=step, loss=loss, tokens=tokens, seconds=seconds)
+        self.say(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity(loss)}")
+
+    def update(self, step: int, loss: float, norm: float, lr: float, speed: Speed, memory: int) -> None:
+        """Writes down an update: loss and norm before it, and what it took. memory: peak bytes so far."""
+        self.result(step, "train", loss)
+        self.record(
+            "train",
+            step=step,
+            loss=loss,
+            lr=lr,
+            norm=norm,
+            seconds=speed.seconds,
+            mfu=speed.mfu,
+            memory=memory,
+        )
+        parts = [
+            f"step {step:5d} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}",
+            f"{1000 * speed.seconds:.0f} ms | {speed.tokens_per_second:,.0f} tok/s",
+            *([] if speed.mfu is None else [f"mfu {100 * speed.mfu:.1f}%"]),
+            f"eta {format_duration(speed.eta)}",
+        ]
+        self.say(" | ".join(parts))
         if self.bar is not None:
             self.bar.update()
+
+    def plot(self) -> None:
+        """Draws curves.png anew from what has been written so far."""
+        if self.is_master:
+            plot_run(self.log_dir)
 
     def _write(self, file, text: str) -> None:
         # A full disk must not end a run: it is said once, and the weights go on.
@@ -119,22 +150,42 @@ def prepare_log_dir(log_dir: Path) -> None:
         ) from error
 
 
-def format_step(
-    step: int, loss: float, lr: float, norm: float, seconds: float, tokens: int, eta: float, mfu: float | None
-) -> str:
-    """The line of one update: loss and norm before it, its time, speed and what is left."""
-    speed = tokens / seconds
-    parts = [
-        f"step {step:5d}",
-        f"loss {loss:.4f}",
-        f"lr {lr:.1e}",
-        f"norm {norm:.2f}",
-        f"{1000 * seconds:.0f} ms",
-        f"{speed:,.0f} tok/s",
-    ]
-    if mfu is not None:
-        parts.append(f"mfu {100 * mfu:.1f}%")
-    return " | ".join([*parts, f"eta {format_duration(eta)}"])
+class Speed(NamedTuple):
+    """What one update took, and what is left."""
+
+    seconds: float
+    tokens_per_second: float
+    mfu: float | None  # model FLOPs utilisation: share of the devices' peak, None where that is unknown
+    eta: float  # seconds of updates that are left, at the mean speed of this run
+
+
+class Speedometer:
+    """Turns the clock's readings into speeds.
+
+    Args:
+        tokens_per_step: of an update.
+        max_steps: updates of the run.
+        flops_per_step: floating-point operations of an update.
+        peak_flops: FLOP/s of all devices together, None if unknown.
+    """
+
+    def __init__(self, tokens_per_step: int, max_steps: int, flops_per_step: int, peak_flops: float | None):
+        self.tokens_per_step, self.max_steps = tokens_per_step, max_steps
+        self.flops_per_step, self.peak_flops = flops_per_step, peak_flops
+        self.total_seconds, self.steps_timed = 0.0, 0
+
+    def measure(self, step: int, seconds: float) -> Speed:
+        """Adds the update of `step`, which took `seconds`."""
+        self.total_seconds += seconds
+        self.steps_timed += 1
+        mfu = self.flops_per_step / seconds / self.peak_flops if self.peak_flops else None
+        eta = (self.max_steps - step - 1) * self.total_seconds / self.steps_timed
+        return Speed(seconds, self.tokens_per_step / seconds, mfu, eta)
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss), the number of words a model hesitates between; in words, for the console."""
+    return f"{math.exp(min(loss, 700)):,.2f}"
 
 
 def format_duration(seconds: float) -> str:
@@ -147,21 +198,3 @@ def format_duration(seconds: float) -> str:
     if seconds < 86400:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
-
-
-def read_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """log.txt as {kind: (steps, values)}. A torn last line is left out."""
-    curves: dict[str, tuple[list[int], list[float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        words = line.split()
-        if len(words) == 3 and line.endswith("\n"):
-            steps, values = curves.setdefault(words[1], ([], []))
-            steps.append(int(words[0]))
-            values.append(float(words[2]))
-    return curves
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl. A torn last line is left out."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]

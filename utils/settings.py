@@ -44,12 +44,20 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
         )
 
 
-def check_model_fits(seq_len: int, block_size: int, num_words: int, vocab_size: int, source: str) -> None:
-    """Raises UserError if loaded weights cannot read such windows or such tokens."""
+def check_model_reads(config, seq_len: int, num_words: int) -> None:
+    """Raises UserError if a model cannot read such windows or such tokens.
+
+    Args:
+        config: the model's GPTConfig.
+        seq_len: tokens of a window.
+        num_words: ids the tokenizer makes.
+    """
     problems = []
-    if seq_len > block_size:
-        problems.append(f"--seq-len {seq_len} is more than the block size {block_size} of {source}")
-    if num_words > vocab_size:
-        problems.append(f"the tokenizer has {num_words} words, {source} only {vocab_size}")
+    if seq_len > config.block_size:
+        problems.append(f"--seq-len {seq_len} is more than the model's block size {config.block_size}")
+    if num_words > config.vocab_size:
+        problems.append(f"the tokenizer has {num_words} words, the model only {config.vocab_size}")
     if problems:
-        raise UserError("; ".join(problems), "give a smaller --seq-len, or data that fits the model")
+        raise UserError(
+            "; ".join(problems), "use a smaller --seq-len, or the tokenizer the model was trained with"
+        )
