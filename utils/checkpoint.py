@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def newest_model_file(log_dir: Path) -> Path | None:
 
 def versions() -> dict[str, str]:
     """What computed the weights, for the record."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def save_model_file(
@@ -127,22 +128,22 @@ def load_checked(path: Path) -> Any:
         raise UserError(
             f"no checkpoint at {path}", "python train_gpt.py writes log/model_*.pt; ls log/ lists them"
         )
-    damaged = UserError(
-        f"checkpoint {path} is damaged (truncated or not fully copied)", "copy it again or use an earlier one"
-    )
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                raise damaged
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise damaged from error
-    except Exception as error:  # UnpicklingError, RuntimeError: the message tells which
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError):
+        damaged = "no archive"
+    if damaged is not None:
         raise UserError(
-            f"refusing to load {path}: {_first_line(error)}",
-            "only files of plain tensors and values are loaded",
+            f"checkpoint {path} is damaged (truncated or not fully copied)",
+            "copy it again or use an earlier one",
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError for code, RuntimeError for other archives
+        # In our words: torch's would suggest to switch the protection off.
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"contains code ({code.group(1)})" if code else "is no archive of plain values and tensors"
+        raise UserError(
+            f"refusing to load {path}: {what}", "use a checkpoint that train_gpt.py wrote"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -30,7 +30,7 @@ class RunLog:
         UserError: the folder cannot be written.
     """
 
-    def __init__(self, log_dir: Path, is_master: bool, max_steps: int, start_step: int = 0):
+    def __init__(self, log_dir: Path, is_master: bool, max_steps: int = 0, start_step: int = 0):
         self.log_dir = log_dir
         self.is_master = is_master
         self.bar = None

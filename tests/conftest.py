@@ -1,0 +1,64 @@
+"""What several tests share: small models, small texts, and scripts run as a user would, without a network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Every proxy points at a closed port of this machine: what asks for the network fails at once.
+OFFLINE = {
+    **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
+    "no_proxy": "127.0.0.1,localhost",
+    "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+}
+
+torch.set_num_threads(1)  # the models here are too small for more to pay
+
+
+def run(*arguments, cwd: Path = ROOT, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
+    """Runs `python ARGUMENTS` without a network and returns it with its output as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **OFFLINE, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def tiny_config(**changes) -> GPTConfig:
+    """A model of a few thousand parameters."""
+    return GPTConfig(**{**dict(block_size=16, vocab_size=97, n_layer=2, n_head=2, n_embd=32), **changes})
+
+
+def tiny_model(seed: int = 0, **changes) -> GPT:
+    """A tiny model with weights large enough that its predictions differ from token to token."""
+    torch.manual_seed(seed)
+    model = GPT(tiny_config(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A text of a few thousand words with something to learn in it."""
+    path = tmp_path / "text.txt"
+    path.write_text(
+        "The quick brown fox jumps over the lazy dog; the dog sleeps on.\n" * 300, encoding="utf-8"
+    )
+    return path

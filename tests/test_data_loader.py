@@ -1,0 +1,126 @@
+"""Windows of a stream: each once an epoch, in an order that knows nothing of ranks and micro-batches."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from utils.data_loader import TextStream, WindowLoader, read_text, split_text
+from utils.errors import UserError
+
+
+def counting_stream(num_tokens: int) -> TextStream:
+    """Token i is i, so a batch shows where it comes from."""
+    return TextStream("numbers", np.arange(num_tokens, dtype=np.uint32), 0, {})
+
+
+def test_a_window_is_inputs_and_the_tokens_that_follow_them():
+    """x is tokens [w*T, w*T + T), y the same one further; both int64."""
+    loader = WindowLoader(counting_stream(100), seq_len=8, micro_batch=2)
+    x, y = loader.batch([0, 3])
+    assert x.tolist() == [list(range(8)), list(range(24, 32))]
+    assert torch.equal(y, x + 1)
+    assert x.dtype == y.dtype == torch.int64
+    assert loader.windows_per_epoch == 12  # 99 tokens have a successor
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), list(itertools.product((1, 2, 4), (1, 2, 3))))
+@pytest.mark.parametrize("seed", [None, 7])
+def test_steps_see_the_same_windows_for_any_ranks_and_micro_batches(world_size, micro_batch, seed):
+    """The windows of ten steps, over four epoch borders, are those of one process with single rows."""
+    windows_per_step, steps = 24, 10
+    expected = WindowLoader(counting_stream(50 * 8 + 1), 8, 1, seed=seed)
+    loaders = [
+        WindowLoader(counting_stream(50 * 8 + 1), 8, micro_batch, rank, world_size, seed=seed)
+        for rank in range(world_size)
+    ]
+    batches = [loader.train_batches(0, windows_per_step) for loader in loaders]
+    for step in range(steps):
+        seen = []
+        for _ in range(windows_per_step // (world_size * micro_batch)):
+            for stream in batches:
+                seen += (next(stream)[0][:, 0] // 8).tolist()
+        first = step * windows_per_step
+        assert seen == [expected.window_at(n) for n in range(first, first + windows_per_step)]
+
+
+def test_every_window_is_seen_once_an_epoch():
+    """An epoch is a permutation, another one each time, the same one for the same seed."""
+    loader = WindowLoader(counting_stream(401), 8, 1, seed=3)
+    epochs = [[loader.window_at(n) for n in range(e * 50, e * 50 + 50)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(50))
+    assert epochs[0] != epochs[1] != epochs[2] != list(range(50))
+    again = WindowLoader(counting_stream(401), 8, 1, seed=3)
+    assert [again.window_at(n) for n in range(50)] == epochs[0]
+
+
+def test_training_can_start_anywhere():
+    """Starting after n windows gives what a run from the start gives there: there is no other state."""
+    from_start = WindowLoader(counting_stream(401), 8, 2, seed=3).train_batches(0, 4)
+    for _ in range(6):
+        next(from_start)
+    resumed = WindowLoader(counting_stream(401), 8, 2, seed=3).train_batches(12, 4)
+    for _ in range(30):
+        assert torch.equal(next(from_start)[0], next(resumed)[0])
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 4), (2, 3), (3, 2), (4, 5)])
+def test_validation_reads_the_same_tokens_for_any_ranks(world_size, micro_batch):
+    """The first windows in order, each exactly once over all ranks, in equally many rounds on each."""
+    rounds, seen = set(), []
+    for rank in range(world_size):
+        batches = list(WindowLoader(counting_stream(401), 8, micro_batch, rank, world_size).val_batches(150))
+        rounds.add(len(batches))
+        seen += [row for batch in batches if batch is not None for row in (batch[0][:, 0] // 8).tolist()]
+    assert len(rounds) == 1
+    assert sorted(seen) == list(range(150 // 8))
+
+
+def test_validation_reads_the_whole_split_if_that_is_smaller():
+    """More tokens than there are mean all windows."""
+    assert WindowLoader(counting_stream(401), 8, 4).num_val_windows(10**9) == 50
+
+
+def test_text_is_split_at_ninety_percent(tmp_path):
+    """The first 90 % of the tokens train, the rest validates, nothing is lost; positions count through the
+    file.
+    """
+    train, val = split_text(tmp_path / "t", "x" * 100, np.arange(100, dtype=np.uint16), seq_len=4)
+    assert train.read(0, 100).tolist() == list(range(90))
+    assert val.read(0, 100).tolist() == list(range(90, 100))
+    assert val.locate(3) == (str(tmp_path / "t"), 93)
+
+
+def test_a_text_too_short_for_a_window_is_refused(tmp_path):
+    """The message has the file, its tokens and what is needed."""
+    with pytest.raises(UserError, match=r"100 tokens, need at least T\+1 = 11"):
+        split_text(tmp_path / "t", "x", np.zeros(100, dtype=np.uint16), seq_len=10)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"  \n ", "is empty"),
+        (b"caf\xe9 au lait", "byte 0xe9 at offset 3 is not UTF-8"),
+        (None, "cannot read"),
+    ],
+)
+def test_bad_text_files_are_named(tmp_path, content, message):
+    """Empty, not UTF-8 or missing: one sentence each."""
+    path = tmp_path / "input.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_text(path)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    """Editors on Windows put one in front."""
+    path = tmp_path / "input.txt"
+    path.write_bytes(b"\xef\xbb\xbfhello")
+    assert read_text(path) == "hello"

@@ -1,0 +1,136 @@
+"""The chunked loss against F.cross_entropy on full logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt_model import GPT
+from tests.conftest import tiny_config
+from utils.fused_loss import cross_entropy_rows, fused_cross_entropy
+
+
+def example(N=37, C=16, V=101, seed=0, dtype=torch.float32):
+    """Hidden states, weight and targets of a problem whose sizes fit no chunk."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(N, C, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, C, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.randint(0, V - 7, (N,))
+
+
+def loss_and_gradients(loss_function, hidden, weight, targets, scale=1.0):
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    loss = loss_function(hidden, weight, targets)
+    (loss * scale).backward()
+    return loss.detach(), hidden.grad, weight.grad
+
+
+def reference(hidden, weight, targets):
+    return F.cross_entropy(hidden @ weight.t(), targets)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 37, 64, None])
+@pytest.mark.parametrize("num_ignored", [0, 10])
+def test_loss_and_both_gradients_are_exact(chunk_rows, num_ignored):
+    """Whatever the chunk, with ignored targets and words that are never a target, to 1e-5."""
+    hidden, weight, targets = example()
+    targets[:num_ignored] = -100
+    ours = loss_and_gradients(
+        lambda *a: fused_cross_entropy(*a, chunk_rows=chunk_rows), hidden, weight, targets, 0.25
+    )
+    theirs = loss_and_gradients(reference, hidden, weight, targets, 0.25)
+    for mine, expected in zip(ours, theirs):
+        assert (mine - expected).abs().max() < 1e-5
+
+
+def test_large_logits_do_not_overflow():
+    """The softmax is shifted by its maximum: logits of a thousand give a finite, right loss."""
+    hidden, weight, targets = example()
+    ours = loss_and_gradients(fused_cross_entropy, 100 * hidden, 10 * weight, targets)
+    theirs = loss_and_gradients(reference, 100 * hidden, 10 * weight, targets)
+    for mine, expected in zip(ours, theirs):
+        assert torch.isfinite(mine).all()
+        assert (mine - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_all_targets_ignored_is_nan_as_in_pytorch():
+    """A mean over nothing is not a number."""
+    hidden, weight, targets = example()
+    assert torch.isnan(fused_cross_entropy(hidden, weight, torch.full_like(targets, -100)))
+
+
+def test_without_gradients_no_gradient_is_computed():
+    """Under no_grad the loss is the same and the autograd function is not even entered."""
+    hidden, weight, targets = example()
+    with torch.no_grad():
+        loss = fused_cross_entropy(hidden, weight, targets)
+    assert loss.grad_fn is None
+    assert abs(loss.item() - reference(hidden, weight, targets).item()) < 1e-5
+
+
+def test_losses_of_single_rows():
+    """One loss a row, zero for ignored ones."""
+    hidden, weight, targets = example()
+    targets[3] = -100
+    rows = cross_entropy_rows(hidden, weight, targets, chunk_rows=8)
+    expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="none")
+    assert (rows - expected).abs().max() < 1e-5
+    assert rows[3] == 0
+
+
+def test_gradients_are_returned_and_the_tied_weight_gets_both_parts():
+    """The embedding's part and the head's part add up, over two accumulated micro-batches as well."""
+    torch.manual_seed(0)
+    ours, theirs = GPT(tiny_config()), GPT(tiny_config())
+    theirs.load_state_dict(ours.state_dict())
+    for _ in range(2):
+        idx, targets = torch.randint(0, 97, (2, 4, 16))
+        (ours(idx, targets, return_logits=False)[1] / 2).backward()
+        (theirs(idx, targets)[1] / 2).backward()
+    for (name, mine), expected in zip(ours.named_parameters(), theirs.parameters()):
+        assert (mine.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_under_autocast_it_is_as_exact_as_the_full_logits(dtype, tolerance):
+    """Against the float32 truth, the error is that of the low dtype's rounding, as for the plain loss under
+    autocast.
+    """
+    hidden, weight, targets = example(N=64, C=32, V=500)
+
+    def low(function):
+        def call(*args):
+            with torch.autocast("cpu", dtype=dtype):
+                return function(*args)
+
+        return call
+
+    truth = loss_and_gradients(reference, 0.3 * hidden, 0.3 * weight, targets)
+    ours = loss_and_gradients(low(fused_cross_entropy), 0.3 * hidden, 0.3 * weight, targets)
+    for mine, expected in zip(ours, truth):
+        assert mine.dtype == torch.float32
+        assert (mine - expected).norm() <= tolerance * expected.norm()
+
+
+def test_many_rows_do_not_vanish_in_half_precision():
+    """Gradients are divided by the number of rows in float32: in fp16, 1 / 65,536 of a probability would be
+    zero.
+    """
+    torch.manual_seed(0)
+    N, C, V = 65_536, 4, 200
+    hidden = torch.randn(N, C, dtype=torch.float16).requires_grad_()
+    weight = torch.randn(V, C, dtype=torch.float16).requires_grad_()
+    targets = torch.randint(0, V, (N,))
+    _, _, grad_weight = loss_and_gradients(fused_cross_entropy, hidden, weight, targets)
+    _, _, expected = loss_and_gradients(reference, hidden.float(), weight.float(), targets)
+    assert (grad_weight.float() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
+    """The weight's gradient is scaled in place once."""
+    hidden, weight, targets = example()
+    loss = fused_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -1,0 +1,104 @@
+"""Both tokenizers: ids, round trips, damage."""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from utils.errors import UserError
+from utils.tokenizer import MERGES_PATH, CharTokenizer, GPT2Tokenizer, load_merges, tokenizer_from_state
+
+CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
+TEXTS = [
+    "Hello, I'm a language model,",
+    "  leading and   inner spaces, a tab\there, trailing ones   ",
+    "line\nbreaks\r\n\n\nand more\n",
+    "Zażółć gęślą jaźń — 日本語 русский язык 🙂👩‍👩‍👧",
+    "it's they'll WE'RE 1234567890 3.14159 x_1 = {'a': [1, 2]};",
+    "",
+    "\x00\x01\xff",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bpe_round_trip(text):
+    """Any text comes back as it was."""
+    tokenizer = GPT2Tokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == text
+
+
+def test_known_ids_of_gpt2():
+    """The ids of GPT-2's first words, as OpenAI's encoder gave them."""
+    tokenizer = GPT2Tokenizer()
+    assert tokenizer.encode("Hello, I'm a language model,").tolist() == [
+        15496,
+        11,
+        314,
+        1101,
+        257,
+        3303,
+        2746,
+        11,
+    ]
+    assert tokenizer.encode("<|endoftext|>", allow_special=True).tolist() == [50256]
+    assert tokenizer.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
+    assert (tokenizer.num_words, tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50304, 50256)
+
+
+@pytest.mark.skipif(not CACHE.exists(), reason="needs tiktoken's own files")
+def test_ids_equal_those_of_tiktokens_own_gpt2(monkeypatch):
+    """The same table and the same ids as `tiktoken.get_encoding("gpt2")`, on texts and on random strings."""
+    import tiktoken
+
+    monkeypatch.setitem(os.environ, "TIKTOKEN_CACHE_DIR", str(CACHE))
+    theirs, ours = tiktoken.get_encoding("gpt2"), GPT2Tokenizer()
+    assert theirs._mergeable_ranks == load_merges()
+    rng = random.Random(0)
+    alphabet = "abcDEF 019 '\t\n\r.,!é日🙂\u00a0\u2003"
+    strings = ["".join(rng.choice(alphabet) for _ in range(rng.randrange(40))) for _ in range(3000)]
+    for text in [*TEXTS, *strings, Path(__file__).read_text(encoding="utf-8")]:
+        assert ours.encode(text).tolist() == theirs.encode_ordinary(text)
+
+
+def test_the_merge_table_is_the_published_one():
+    """The file unpacks to the bytes whose SHA-256 tiktoken pins."""
+    data = lzma.decompress(MERGES_PATH.read_bytes())
+    assert (
+        hashlib.sha256(data).hexdigest() == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    )
+    assert len(load_merges()) == 50256
+
+
+def test_a_changed_merge_table_is_refused(tmp_path):
+    """One other byte is an error with both sums."""
+    path = tmp_path / "vocab.bpe.xz"
+    path.write_bytes(lzma.compress(lzma.decompress(MERGES_PATH.read_bytes()) + b" "))
+    with pytest.raises(UserError, match="1ce16647"):
+        load_merges(path)
+
+
+def test_characters_round_trip_and_report_what_they_do_not_know(capsys):
+    """The vocabulary is the text's sorted characters; others are left out and named."""
+    tokenizer = CharTokenizer.from_text("hello world")
+    assert tokenizer.num_words == tokenizer.vocab_size == 8
+    assert tokenizer.decode(tokenizer.encode("hold")) == "hold"
+    assert tokenizer.decode(tokenizer.encode("he!lo?")) == "helo"
+    assert "2 characters" in capsys.readouterr().out
+    assert tokenizer.end_of_text is None
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2Tokenizer(), CharTokenizer.from_text("the end")])
+def test_a_checkpoint_brings_its_tokenizer_back(tokenizer):
+    """state() is plain values and enough."""
+    again = tokenizer_from_state(tokenizer.state())
+    assert type(again) is type(tokenizer)
+    assert again.encode("the").tolist() == tokenizer.encode("the").tolist()
