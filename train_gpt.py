@@ -14,31 +14,28 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import torch
 
 from generate import sample_texts
 from gpt_model import GPT, GPTConfig
-from utils import distributed, plan, runtime
-from utils.checkpoint import model_path, newest_model_file, save_model_file
-from utils.command_line import (
-    ArgumentParser,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-)
+from utils import distributed, plan, resume, run_dir, runtime
+from utils.checkpoint import free_space, model_content, newest_model_file, prune, save_pair
 from utils.data_loader import WindowLoader
 from utils.datasets import choose_source, choose_tokenizer, fetch, open_streams
 from utils.distributed import Distributed
-from utils.errors import Diverged, UserError, run_script
-from utils.run_dir import archive_earlier_run
-from utils.run_log import RunLog, Speedometer, format_duration, perplexity, prepare_log_dir
+from utils.divergence import SpikeFilter, stop_if_diverged
+from utils.errors import Unfinished, UserError, run_script
+from utils.resume import Progress
+from utils.run_log import RunLog, Speedometer, format_duration, perplexity
 from utils.settings import accumulation_steps, check_model_reads, check_training_settings
+from utils.stopping import Stopped, StopSignals
+from utils.train_flags import make_parser
 
 # ------------------------------------------------------------------------------------------------------------
-# The faithful run: GPT-2 124M, 10 billion tokens (settings of GPT-3 Small, Brown et al. 2020, table 2.1)
+# The faithful run: GPT-2 124M, 10 billion tokens (settings of GPT-3 Small, Brown et al. 2020, table 2.1).
+# Each constant is the default of the flag of its name.
 
 N_LAYER, N_HEAD, N_EMBD = 12, 12, 768
 SEQ_LEN = 1024  # T, also the block size
@@ -48,10 +45,12 @@ MAX_STEPS = 19073  # updates: 10e9 tokens / 2**19
 WARMUP_STEPS = 715  # 375 million tokens
 MAX_LR, MIN_LR = 6e-4, 6e-5
 WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
+SKIP_SPIKES = 0.0  # sigmas; off
 VAL_EVERY, VAL_TOKENS = 250, 10485760
 SAMPLE_EVERY, SAMPLE_PROMPT, SAMPLE_TOKENS, NUM_SAMPLES = 250, "Hello, I'm a language model,", 32, 4
-CHECKPOINT_EVERY = 1000
-SEED = 1337
+CHECKPOINT_EVERY, KEEP_CHECKPOINTS, KEEP_EVERY = 1000, 2, 5000
+TOKENIZER, SHUFFLE, SEED = "gpt2", "on", 1337
+DIST_TIMEOUT = 600  # seconds
 LOG_DIR = Path(__file__).resolve().parent / "log"
 
 # fmt: off
@@ -72,49 +71,12 @@ PRESETS = {
     ),
 }
 
-
-def make_parser() -> ArgumentParser:
-    """The flags; their defaults are the constants above."""
-    parser = ArgumentParser(prog="train_gpt.py", description="Train a GPT-2. Defaults: the preset gpt2.")
-    add = parser.add_argument
-    add("--preset", choices=PRESETS, default="auto", help="auto: gpt2 on CUDA with shards, else tiny")
-    add("--data", help="folder of shards or text file; default: edu_fineweb10B/, input.txt, a download")
-    add("--tokenizer", choices=("gpt2", "char"), default="gpt2", help="of a text file")
-    add("--n-layer", type=positive_int, default=N_LAYER, help="layers")
-    add("--n-head", type=positive_int, default=N_HEAD, help="attention heads")
-    add("--n-embd", type=positive_int, default=N_EMBD, help="channels")
-    add("--seq-len", type=positive_int, default=SEQ_LEN, help="tokens of a window, and the block size")
-    add("--micro-batch", type=positive_int, default=MICRO_BATCH, help="windows in the model at a time")
-    add("--total-batch-tokens", type=positive_int, default=TOTAL_BATCH_TOKENS, help="of an update, all ranks")
-    add("--max-steps", type=positive_int, default=MAX_STEPS, help="updates")
-    add("--warmup-steps", type=non_negative_int, default=WARMUP_STEPS, help="updates until the full rate")
-    add("--max-lr", type=positive_float, default=MAX_LR, help="highest learning rate")
-    add("--min-lr", type=non_negative_float, default=MIN_LR, help="learning rate at the end")
-    add("--weight-decay", type=non_negative_float, default=WEIGHT_DECAY, help="of matrices")
-    add("--grad-clip", type=positive_float, default=GRAD_CLIP, help="largest norm of the gradient")
-    add("--val-every", type=non_negative_int, default=VAL_EVERY, help="steps between validations; 0: never")
-    add("--val-tokens", type=positive_int, default=VAL_TOKENS, help="of a validation; at most the split")
-    add("--sample-every", type=non_negative_int, default=SAMPLE_EVERY, help="steps between samples; 0: never")
-    add("--sample-prompt", default=SAMPLE_PROMPT, help="what samples start with")
-    add("--checkpoint-every", type=non_negative_int, default=CHECKPOINT_EVERY,
-        help="steps between checkpoints; 0: only after the last")
-    add("--log-dir", type=Path, default=LOG_DIR, help="where everything lands")
-    add("--init-from", metavar="MODEL", help="start from gpt2[-medium|-large|-xl], checkpoint or folder")
-    add("--eval-only", action="store_true", help="val loss of --init-from or the newest checkpoint")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=("auto", *runtime.DTYPES), default="auto", help="of matrix products")
-    add("--compile", action="store_const", const="on", default="auto", help="also where it does not pay")
-    add("--no-compile", dest="compile", action="store_const", const="off", help="no torch.compile")
-    add("--deterministic", action="store_true", help="same bits in every run, where the device can")
-    add("--seed", type=non_negative_int, default=SEED, help="of weights and data order")
-    add("--shuffle", choices=("on", "off"), default="on", help="windows in random order, or as they come")
-    return parser
 # fmt: on
 
 
 def read_arguments(argv: list[str] | None) -> tuple[Namespace, str]:
     """Settings: flags over the preset over the constants. Also returns why the preset was chosen."""
-    parser = make_parser()
+    parser = make_parser(globals(), PRESETS)
     constants, given = parser.parse_defaults_and_given(argv)
     reason = "--preset"
     if "preset" not in given:
@@ -149,11 +111,6 @@ def learning_rate_for(
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
 
 
-def is_due(step: int, every: int, last: bool) -> bool:
-    """Whether something happens now that happens every so many steps, and after the last; 0 is never."""
-    return every > 0 and (step % every == 0 or last)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The parts of a pass
 
@@ -163,11 +120,14 @@ class Run(NamedTuple):
 
     args: Namespace
     dist: Distributed
+    stop: StopSignals
     dtype: torch.dtype  # of matrix products, under autocast
-    tokenizer: object
+    tokenizer: Any
     model: GPT  # the raw module: evaluated, sampled from, saved
     trained_model: torch.nn.Module  # the same weights, compiled and wrapped: trained through
     optimizer: torch.optim.Optimizer
+    scaler: Any  # of the loss, in fp16
+    spikes: SpikeFilter
     train_loader: WindowLoader
     val_loader: WindowLoader
     micro_steps: int  # of an update
@@ -175,14 +135,22 @@ class Run(NamedTuple):
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, loader: WindowLoader, num_tokens: int, dist: Distributed, dtype: torch.dtype
+    model: GPT,
+    loader: WindowLoader,
+    num_tokens: int,
+    dist: Distributed,
+    dtype: torch.dtype,
+    poll=lambda: None,
 ) -> float:
     """Mean loss in nats on the first `num_tokens` val tokens: the same ones for any ranks and any micro-
     batch.
+
+    `poll` is called before every batch, equally often on all ranks; what it raises ends the evaluation.
     """
     model.eval()
     loss_sum, count = 0.0, 0
     for batch in loader.val_batches(num_tokens):
+        poll()
         if batch is not None:  # this rank has one in this round
             with runtime.autocast(dist.device, dtype):
                 _, loss = model(*batch, return_logits=False)
@@ -193,35 +161,34 @@ def evaluate(
     return loss_sum / count
 
 
-def update(run: Run, batches: Iterator, step: int) -> tuple[float, float, float]:
+def update(run: Run, batches: Iterator, progress: Progress) -> tuple[float, float, float]:
     """One step of the optimizer. Returns the mean loss of its tokens, the gradient's norm, the learning rate.
 
     Raises:
         Diverged: loss or norm is not finite, on any rank; the weights are as they were.
+        Stopped: a signal came; the step has not happened.
     """
-    args, dist = run.args, run.dist
-    loss_sum = torch.zeros((), device=dist.device)
+    args, dist, losses = run.args, run.dist, []
     for micro_step in range(run.micro_steps):
+        run.stop.poll()
         x, y = next(batches)
         # Gradients are exchanged in the last micro-step only; DDP wants to know before its forward pass.
         with dist.exchange_gradients(run.trained_model, now=micro_step == run.micro_steps - 1):
             with runtime.autocast(dist.device, run.dtype):
                 _, loss = run.trained_model(x, y, return_logits=False)
-            (loss / run.micro_steps).backward()
-        loss_sum += loss.detach()
+            run.scaler.scale(loss / run.micro_steps).backward()
+        losses.append(loss.detach())
+    run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
-    loss = dist.mean(loss_sum / run.micro_steps)
+    loss = dist.mean(torch.stack(losses).mean())
     loss, norm = torch.stack([loss, norm]).tolist()  # the step's one synchronisation with the device
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise Diverged(
-            f"non-finite {'gradient norm' if math.isfinite(loss) else 'loss'} at step {step} "
-            f"(loss {loss}, norm {norm})",
-            "lower --max-lr, lengthen --warmup-steps, or use --dtype float32",
-        )
-    lr = learning_rate_for(step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
+    stop_if_diverged(run, progress.step, progress.windows, loss, norm, losses)
+    lr = learning_rate_for(progress.step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    run.optimizer.step()
+    if run.spikes.accepts(norm):
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return loss, norm, lr
 
@@ -233,14 +200,9 @@ def write_samples(run: Run, log: RunLog, step: int) -> None:
     run.model.eval()
     try:
         with runtime.autocast(run.dist.device, run.dtype):
+            prompt = run.args.sample_prompt
             texts = sample_texts(
-                run.model,
-                run.tokenizer,
-                run.args.sample_prompt,
-                NUM_SAMPLES,
-                SAMPLE_TOKENS,
-                seed=42,
-                top_k=50,
+                run.model, run.tokenizer, prompt, NUM_SAMPLES, SAMPLE_TOKENS, seed=42, top_k=50
             )
         log.sample(step, texts)
     except FloatingPointError as error:
@@ -248,48 +210,82 @@ def write_samples(run: Run, log: RunLog, step: int) -> None:
     run.model.train()
 
 
-def save(run: Run, log: RunLog, step: int, val_loss: float | None) -> None:
-    """Writes the checkpoint of `step` completed updates, on rank 0; the others wait."""
+def save(run: Run, log: RunLog, progress: Progress) -> bool:
+    """Writes a checkpoint of the completed updates, on rank 0.
+
+    Returns whether there is one; a full disk ends no run.
+    """
+    args, moment = run.args, (progress.step, list(progress.done))
+    if progress.saved == moment:
+        return True
+    state = resume.resume_state(run, progress)
     if run.dist.is_master:
-        path = model_path(run.args.log_dir, step)
-        save_model_file(path, run.model, vars(run.model.config).copy(), step, val_loss, run.tokenizer.state())
-        log.say(f"checkpoint: {path}")
+        config = vars(run.model.config).copy()
+        model = model_content(run.model, config, progress.step, progress.val_loss, run.tokenizer.state())
+        try:
+            path = save_pair(args.log_dir, progress.step, model, state)
+            log.say(f"checkpoint: {path}")
+            prune(args.log_dir, args.keep_checkpoints, args.keep_every, args.max_steps, progress.resumed_from)
+            progress.saved = moment
+        except (OSError, RuntimeError) as error:
+            log.say(
+                f"warning: could not save step {progress.step}: {error} ({free_space(args.log_dir, run.model)})"
+            )
     run.dist.barrier()
+    progress.saved = run.dist.broadcast(progress.saved)
+    return progress.saved == moment
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def train(run: Run, log: RunLog) -> None:
+def train(run: Run, log: RunLog, progress: Progress) -> None:
     """MAX_STEPS updates, and one more pass for the last evaluation and the last checkpoint."""
-    args = run.args
+    args, poll = run.args, run.stop.poll
+    windows_per_step = args.total_batch_tokens // args.seq_len
+    batches = run.train_loader.train_batches(progress.windows, windows_per_step)
     flops = run.model.flops_per_token(args.seq_len) * args.total_batch_tokens
     peak = runtime.peak_flops(run.dist.device)
     speedometer = Speedometer(
         args.total_batch_tokens, args.max_steps, flops, peak and peak * run.dist.world_size
     )
-    batches = run.train_loader.train_batches(0, args.total_batch_tokens // args.seq_len)
-    val_loss = None
-    for step in range(args.max_steps + 1):
-        last = step == args.max_steps
-        if is_due(step, args.val_every, last):
-            val_loss = evaluate(run.model, run.val_loader, args.val_tokens, run.dist, run.dtype)
-            log.validation(
-                step, val_loss, tokens=step * args.total_batch_tokens, seconds=speedometer.total_seconds
+    while True:
+        last = progress.step == args.max_steps
+        if progress.is_due("val", args.val_every, last):
+            progress.val_loss = evaluate(
+                run.model, run.val_loader, args.val_tokens, run.dist, run.dtype, poll
             )
-        if step > 0 and is_due(step, args.sample_every, last):
-            write_samples(run, log, step)
-        if last or (step > 0 and is_due(step, args.checkpoint_every, last)):
-            save(run, log, step, val_loss)
-        if step > 0 and is_due(step, args.val_every, last):
+            log.validation(
+                progress.step, progress.val_loss, progress.windows * args.seq_len, progress.seconds
+            )
+            progress.done.append("val")
+        if progress.is_due("samples", args.sample_every, last) and progress.step > 0:
+            write_samples(run, log, progress.step)
+            progress.done.append("samples")
+        if last or (progress.is_due("checkpoint", args.checkpoint_every, last) and progress.step > 0):
+            saved = save(run, log, progress)
+        if progress.is_due("plot", args.val_every, last) and progress.step > 0:
             log.plot()
         if last:
             break
         started = time.perf_counter()  # the clock covers the update and nothing else
-        loss, norm, lr = update(run, batches, step)
-        speed = speedometer.measure(step, time.perf_counter() - started)
-        log.update(step, loss, norm, lr, speed, runtime.peak_memory_bytes(run.dist.device))
+        loss, norm, lr = update(run, batches, progress)
+        speed = speedometer.measure(progress.step, time.perf_counter() - started)
+        log.update(
+            progress.step,
+            loss,
+            norm,
+            lr,
+            speed,
+            run.spikes.num_skipped,
+            runtime.peak_memory_bytes(run.dist.device),
+        )
+        progress.updated(windows_per_step, speed.seconds)
+    if not saved:
+        raise Unfinished(
+            "the final checkpoint could not be saved", "make room on the disk, then run with --resume"
+        )
 
 
 def load_model_and_data(args: Namespace, dist: Distributed):
@@ -310,7 +306,7 @@ def load_model_and_data(args: Namespace, dist: Distributed):
     return model, tokenizer, train_stream, val_stream, source.reason
 
 
-def set_up(args: Namespace, dist: Distributed, reasons: dict[str, str]) -> Run:
+def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[str, str]) -> Run:
     """Decides, checks and builds all that the loop needs; `reasons` collects the decisions in words."""
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     compiles = runtime.choose_compile(args.compile, dist.device)
@@ -319,33 +315,66 @@ def set_up(args: Namespace, dist: Distributed, reasons: dict[str, str]) -> Run:
     trained_model = dist.wrap(torch.compile(model) if compiles.value else model)
     optimizer = model.configure_optimizers(args.weight_decay, args.max_lr, dist.device.type, dist.is_master)
     place = (args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
-    train_loader = WindowLoader(train_stream, *place, seed=args.seed if args.shuffle == "on" else None)
-    val_loader = WindowLoader(val_stream, *place)
-    micro_steps = accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size)
     reasons["data"] = f"{train_stream.name} ({why}), tokenizer {tokenizer.name}"
     reasons["numerics"] = (
         f"{str(dtype.value)[len('torch.') :]} ({dtype.reason}); {numerics}; "
         f"compile {'on' if compiles.value else 'off'} ({compiles.reason})"
     )
     return Run(
-        args,
-        dist,
-        dtype.value,
-        tokenizer,
-        model,
-        trained_model,
-        optimizer,
-        train_loader,
-        val_loader,
-        micro_steps,
+        args=args,
+        dist=dist,
+        stop=stop,
+        dtype=dtype.value,
+        tokenizer=tokenizer,
+        model=model,
+        trained_model=trained_model,
+        optimizer=optimizer,
+        scaler=runtime.make_scaler(dist.device, dtype.value),
+        spikes=SpikeFilter(args.skip_spikes),
+        train_loader=WindowLoader(train_stream, *place, seed=args.seed if args.shuffle == "on" else None),
+        val_loader=WindowLoader(val_stream, *place),
+        micro_steps=accumulation_steps(
+            args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size
+        ),
     )
 
 
+def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
+    """Resumes or starts, trains, and says where everything is. Returns the exit code."""
+    args, dist, started = run.args, run.dist, time.perf_counter()
+    progress = Progress()
+    warnings = resume.begin(run, progress)
+    if progress.step >= args.max_steps:
+        if dist.is_master:
+            print(f"already complete: {args.max_steps} steps, the model is in {args.log_dir}")
+        return 0
+    dist.settle_gradient_buckets(run.trained_model, run.model, args.micro_batch, args.seq_len)
+    with RunLog(args.log_dir, dist.is_master, args.max_steps, progress.step) as log:
+        for line in plan.describe(run, reasons) + warnings:
+            log.say(line)
+        log.record("run", step=progress.step, **plan.record(run, reasons))
+        try:
+            train(run, log, progress)
+        except Stopped as stop:
+            if not save(run, log, progress):
+                raise Unfinished(
+                    f"received {stop.name}, and the checkpoint could not be saved", "--resume"
+                ) from stop
+            where = f"saved {args.log_dir} at step {progress.step}"
+            log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
+            return stop.exit_code
+        memory = runtime.peak_memory_bytes(dist.device) / 1e9
+        log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
+        log.say(f"in {args.log_dir}/: log.txt, metrics.jsonl, samples.txt, curves.png, model_*.pt")
+        newest = newest_model_file(args.log_dir)
+        log.say(f'sample from it: python generate.py -m {newest} -p "{args.sample_prompt}"')
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
-    started = time.perf_counter()
     args, preset_reason = read_arguments(argv)
     device = runtime.choose_device(args.device, distributed.environment_local_rank())
-    with distributed.start(device.value) as dist:
+    with distributed.start(device.value, args.dist_timeout) as dist:
         if args.eval_only:
             return report_val_loss(args, dist)
         check_training_settings(args, dist.world_size)
@@ -353,22 +382,8 @@ def main(argv: list[str] | None = None) -> int:
             "preset": f"{args.preset} ({preset_reason})",
             "device": f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}",
         }
-        if dist.is_master:
-            prepare_log_dir(args.log_dir)
-        run = set_up(args, dist, reasons)
-        if dist.is_master:
-            archive_earlier_run(args.log_dir)
-        with RunLog(args.log_dir, dist.is_master, args.max_steps) as log:
-            for line in plan.describe(run, reasons):
-                log.say(line)
-            log.record("run", **plan.record(run, reasons))
-            train(run, log)
-            memory = runtime.peak_memory_bytes(dist.device) / 1e9
-            log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
-            log.say(f"in {args.log_dir}/: log.txt, metrics.jsonl, samples.txt, curves.png, model_*.pt")
-            newest = model_path(args.log_dir, args.max_steps)
-            log.say(f'sample from it: python generate.py -m {newest} -p "{args.sample_prompt}"')
-    return 0
+        with StopSignals(dist) as stop, run_dir.reserved(args.log_dir, dist):
+            return run_to_the_end(set_up(args, dist, stop, reasons), reasons)
 
 
 def report_val_loss(args: Namespace, dist: Distributed) -> int:

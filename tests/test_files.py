@@ -15,7 +15,7 @@ import torch
 from gpt_model import GPT
 from tests.conftest import run, tiny_model
 from utils import datasets
-from utils.checkpoint import load_model_file, newest_model_file, save_atomically, save_model_file
+from utils.checkpoint import load_model_file, model_content, newest_model_file, save_atomically, save_pair
 from utils.distributed import Distributed
 from utils.download import download
 from utils.errors import UserError
@@ -27,7 +27,8 @@ ALONE = Distributed(torch.device("cpu"))
 
 def saved(path: Path) -> GPT:
     model = tiny_model()
-    save_model_file(path, model, vars(model.config).copy(), 7, 1.5, {"name": "char", "characters": "abc"})
+    content = model_content(model, vars(model.config).copy(), 7, 1.5, {"name": "char", "characters": "abc"})
+    save_pair(path.parent, 7, content, {"step": 7})
     return model
 
 
@@ -59,7 +60,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         save_atomically({"a": 1}, path)
     assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["model_00007.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model_00007.pt", "optimizer_00007.pt"]
 
 
 def test_a_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):

@@ -95,11 +95,8 @@ def test_a_run_leaves_a_plot_samples_and_checkpoints_and_says_where(finished_run
     process, log_dir, _ = finished_run
     assert (log_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (log_dir / "samples.txt").read_text().count("--- step 15, sample") == train_gpt.NUM_SAMPLES
-    assert sorted(p.name for p in log_dir.glob("*.pt")) == [
-        "model_00010.pt",
-        "model_00020.pt",
-        "model_00030.pt",
-    ]
+    names = sorted(p.name for p in log_dir.glob("*.pt"))
+    assert names == ["model_00020.pt", "model_00030.pt", "optimizer_00020.pt", "optimizer_00030.pt"]
     last = process.stdout.strip().splitlines()[-1]
     assert last.startswith("sample from it: python generate.py -m ") and "model_00030.pt" in last
     assert "step    12 | loss " in process.stdout and " tok/s | eta " in process.stdout
@@ -146,7 +143,7 @@ def test_a_second_run_moves_the_first_ones_files(finished_run, tmp_path):
     (copy / "README.md").write_text("stays")
     assert train_gpt.main(small_args(text_file, copy, "--max-steps", "1", "--val-every", "0")) == 0
     (archive,) = (copy / "archive").iterdir()
-    for path in log_dir.iterdir():
+    for path in log_dir.glob("[!.]*"):
         assert (archive / path.name).read_bytes() == path.read_bytes()
     assert (copy / "log.txt").read_text().count("\n") == 1
     assert (copy / "README.md").read_text() == "stays"
@@ -211,15 +208,17 @@ def test_a_nan_stops_the_run_before_the_update(text_file, tmp_path, monkeypatch)
     runs = []
     real_update = train_gpt.update
 
-    def poisoned(run, batches, step):
-        if step == 3:
+    def poisoned(run, batches, progress):
+        if progress.step == 3:
             with torch.no_grad():
                 run.model.transformer.ln_f.bias[0] = float("nan")
             runs.append((run, {n: p.clone() for n, p in run.model.state_dict().items()}))
-        return real_update(run, batches, step)
+        return real_update(run, batches, progress)
 
     monkeypatch.setattr(train_gpt, "update", poisoned)
-    with pytest.raises(Diverged, match="non-finite loss at step 3") as caught:
+    with pytest.raises(
+        Diverged, match="non-finite loss at step 3 .rank 0, micro-step 0, .*text.txt position .*quick"
+    ) as caught:
         train_gpt.main(small_args(text_file, tmp_path, "--max-steps", "5"))
     assert caught.value.exit_code == 3
     state, before = runs[0][0].model.state_dict(), runs[0][1]
@@ -244,7 +243,7 @@ def test_every_flag_is_read_somewhere():
     sources = "".join(
         p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py")]
     )
-    for name in vars(train_gpt.make_parser().parse_args([])):
+    for name in vars(train_gpt.make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])):
         assert re.search(rf"\bargs\.{name}\b", sources) or name == "preset", name
 
 
@@ -319,7 +318,7 @@ def test_what_a_user_can_get_wrong_is_one_error_and_one_hint(flags, message, tex
     assert code == 2
     assert error[0].startswith("error: ") and message in error[0]
     assert error[1].startswith("hint: ") and len(error) == 2
-    assert not list(tmp_path.glob("log/*"))
+    assert not list(tmp_path.glob("log/[!.]*"))
 
 
 def test_exit_codes_of_the_process(text_file, tmp_path):
@@ -357,6 +356,6 @@ def test_evaluation_is_exact_for_any_micro_batch():
 
 def test_namespace_is_plain(tmp_path):
     """Settings survive JSON: every value of the parser is plain or a path."""
-    for value in vars(train_gpt.make_parser().parse_args([])).values():
+    for value in vars(train_gpt.make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])).values():
         assert isinstance(value, (int, float, str, bool, type(None), type(tmp_path)))
     assert isinstance(train_gpt.read_arguments([])[0], Namespace)

@@ -1,9 +1,10 @@
-"""Checkpoints: written so that a crash leaves the old file or the new one, and read so that a bad file cannot
-do harm.
+"""Checkpoints: written so that a crash leaves the old file or the new one, and read so that a bad file does
+no harm.
 
-`model_{step:05d}.pt` holds what one shares: weights, configuration, tokenizer. It holds plain values and
-tensors only, so
-`torch.load(..., weights_only=True)` reads it, and its names carry no `module.` or `_orig_mod.`.
+`model_{step:05d}.pt` holds what one shares: weights, configuration, tokenizer; `optimizer_{step:05d}.pt` what
+resuming also needs. Both hold plain values and tensors only, so `torch.load(..., weights_only=True)` reads
+them,
+and names of weights carry no `module.` or `_orig_mod.`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shutil
+import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,14 +31,25 @@ def model_path(log_dir: Path, step: int) -> Path:
     return log_dir / f"model_{step:05d}.pt"
 
 
+def state_path(model_file: Path) -> Path:
+    """The twin of a model file: what resuming also needs."""
+    return model_file.with_name(model_file.name.replace("model_", "optimizer_", 1))
+
+
+def model_files(log_dir: Path) -> list[Path]:
+    """The models in a log directory, by step."""
+    return sorted((path for path in log_dir.glob("model_*.pt") if step_of(path) >= 0), key=step_of)
+
+
 def newest_model_file(log_dir: Path) -> Path | None:
     """The model of the latest step in a log directory, or None."""
-    found = [
-        (int(path.stem[len("model_") :]), path)
-        for path in log_dir.glob("model_*.pt")
-        if path.stem[6:].isdigit()
-    ]
-    return max(found)[1] if found else None
+    return next(reversed(model_files(log_dir)), None)
+
+
+def step_of(path: Path) -> int:
+    """The number in a checkpoint's name; -1 if there is none."""
+    number = path.stem.partition("_")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def versions() -> dict[str, str]:
@@ -43,35 +57,95 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 
 
-def save_model_file(
-    path: Path, model: torch.nn.Module, config: dict, step: int, val_loss: float | None, tokenizer_state: dict
-) -> None:
-    """Writes a model to share.
+def model_content(
+    model: torch.nn.Module, config: dict, step: int, val_loss: float | None, tokenizer_state: dict
+) -> dict[str, Any]:
+    """What a model file holds.
 
     Args:
-        path: where it appears when it is complete.
         model: the raw module, neither compiled nor wrapped.
         config: GPTConfig's fields.
         step: updates done.
         val_loss: the last one measured, in nats.
         tokenizer_state: what `tokenizer_from_state` reads.
+    """
+    return {
+        "model": model.state_dict(),
+        "config": config,
+        "step": step,
+        "val_loss": val_loss,
+        "tokenizer": tokenizer_state,
+        "versions": versions(),
+    }
+
+
+def save_pair(log_dir: Path, step: int, model: dict[str, Any], state: dict[str, Any]) -> Path:
+    """Writes both files of a checkpoint, under one random id.
+
+    The state goes first: a model file that has its twin is a complete point to resume from.
 
     Raises:
-        OSError, RuntimeError: the disk is full or the like; an earlier file of the name is untouched.
+        OSError, RuntimeError: the disk is full or the like; earlier files are untouched.
     """
-    save_atomically(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": model.state_dict(),
-            "config": config,
-            "step": step,
-            "val_loss": val_loss,
-            "tokenizer": tokenizer_state,
-            "versions": versions(),
-        },
-        path,
-    )
+    head = {"format": FORMAT, "version": VERSION, "save_id": uuid.uuid4().hex}
+    path = model_path(log_dir, step)
+    save_atomically({**head, **state}, state_path(path))
+    save_atomically({**head, **model}, path)
+    return path
+
+
+def free_space(log_dir: Path, model: torch.nn.Module) -> str:
+    """Free space beside what a pair needs: weights, two moments, all float32."""
+    need = 3 * 4 * sum(p.numel() for p in model.parameters())
+    return f"free {shutil.disk_usage(log_dir).free / 1e9:.2f} GB, need {need / 1e9:.2f} GB"
+
+
+def prune(
+    log_dir: Path, keep_pairs: int, keep_every: int, final_step: int, resumed_from: Path | None
+) -> None:
+    """Deletes old checkpoints, after a new one is safe.
+
+    Kept: the newest `keep_pairs` pairs, models at multiples of `keep_every`, the final model, and what this
+        run resumed from.
+    """
+    pairs = [path for path in model_files(log_dir) if state_path(path).exists()]
+    recent = set(pairs[-keep_pairs:])
+    for state in log_dir.glob("optimizer_*.pt"):
+        model = model_path(log_dir, step_of(state))
+        if step_of(state) < 0 or model in recent or model == resumed_from:
+            continue
+        milestone = step_of(state) == final_step or (keep_every and step_of(state) % keep_every == 0)
+        if model.exists() and not milestone:
+            model.unlink()
+        state.unlink()
+
+
+def newest_complete(log_dir: Path, say=print) -> tuple[Path, dict, dict] | None:
+    """The newest checkpoint that can be resumed from, or None; damaged ones are named and passed over.
+
+    Returns:
+        (path of the model file, its content, content of its twin).
+    """
+    for path in reversed(model_files(log_dir)):
+        if not state_path(path).exists():
+            continue
+        try:
+            return (path, *load_pair(path))
+        except UserError as error:
+            say(f"warning: {error}; trying the one before")
+    return None
+
+
+def load_pair(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads both files of a checkpoint. Raises UserError unless both are whole and belong together."""
+    model, state = load_model_file(path), load_checked(state_path(path))
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{state_path(path)} is not a checkpoint of this project", "resume from another one")
+    if model.get("save_id") != state.get("save_id"):
+        raise UserError(
+            f"{path} and {state_path(path).name} were not saved together", "resume from another checkpoint"
+        )
+    return model, state
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:

@@ -12,13 +12,15 @@ import contextlib
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from utils.errors import UserError
+
+PATIENCE = timedelta(hours=12)  # longer than any download or checkpoint takes
 
 
 def environment_rank() -> int:
@@ -31,6 +33,16 @@ def environment_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def launched_by_torchrun() -> bool:
+    """Whether a torchrun agent is this process's parent."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restart_count() -> int:
+    """How often torchrun has restarted this job (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 @dataclass
 class Distributed:
     """This process's place in the job, and the collectives."""
@@ -40,6 +52,7 @@ class Distributed:
     local_rank: int = 0
     world_size: int = 1
     control_group: Any = field(default=None, repr=False)  # gloo on the CPU, for flags and Python objects
+    patient_group: Any = field(default=None, repr=False)  # waits for what rank 0 does alone, however long
 
     @property
     def is_master(self) -> bool:
@@ -87,13 +100,35 @@ class Distributed:
     def broadcast_tensors(self, tensors: list[Tensor]) -> None:
         """Overwrites every rank's tensors with rank 0's."""
         if not self.is_alone:
-            for tensor in tensors:
-                torch_dist.broadcast(tensor, src=0)
+            for tensor in tensors:  # NCCL carries no tensor that is on the CPU, such as AdamW's step counts
+                on_device = tensor.device.type == self.device.type
+                torch_dist.broadcast(tensor, src=0, group=None if on_device else self.control_group)
+
+    def on_master(self, function: Callable[[], Any]) -> Any:
+        """Calls a function on rank 0 alone. Its (small) value, or its UserError, is every rank's."""
+        value, error = None, None
+        if self.is_master:
+            try:
+                value = function()
+            except UserError as raised:
+                error = (str(raised), raised.hint)
+        value, error = self.broadcast((value, error))
+        if error is not None:
+            raise UserError(*error)
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's Python value, in rank order, on every rank, over the control group."""
+        if self.is_alone:
+            return [value]
+        values = [None] * self.world_size
+        torch_dist.all_gather_object(values, value, group=self.control_group)
+        return values
 
     def barrier(self) -> None:
-        """Waits until all ranks are here."""
+        """Waits until all ranks are here, even if rank 0 saves or downloads for longer than the timeout."""
         if not self.is_alone:
-            torch_dist.barrier(group=self.control_group)
+            torch_dist.barrier(group=self.patient_group)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to train through: DistributedDataParallel, or the model itself when alone.
@@ -108,6 +143,19 @@ class Distributed:
         return nn.parallel.DistributedDataParallel(
             model, device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=25
         )
+
+    def settle_gradient_buckets(self, trained_model: nn.Module, model: nn.Module, B: int, T: int) -> None:
+        """One backward pass whose gradients are thrown away, before the first step of every run.
+
+        After its first exchange DDP rebuilds its buckets in the order in which gradients arrive, and sums in
+        another order from
+        then on. So a resumed run would differ from an uninterrupted one in its first step.
+        """
+        if self.is_alone:
+            return
+        zeros = torch.zeros(B, T, dtype=torch.long, device=self.device)
+        trained_model(zeros, zeros, return_logits=False)[1].backward()
+        model.zero_grad(set_to_none=True)
 
     def exchange_gradients(self, model: nn.Module, now: bool):
         """Context for forward *and* backward of a micro-step: gradients are exchanged only where `now` is
@@ -146,6 +194,7 @@ def start(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distri
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         control_group = torch_dist.new_group(backend="gloo", timeout=timeout)
-        yield Distributed(device, rank, environment_local_rank(), world_size, control_group)
+        patient_group = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield Distributed(device, rank, environment_local_rank(), world_size, control_group, patient_group)
     finally:
         torch_dist.destroy_process_group()

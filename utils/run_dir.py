@@ -1,32 +1,132 @@
-"""The log directory of a run: nothing in it is ever truncated or overwritten by the next one."""
+"""The log directory of a run: one writer at a time, and nothing in it is ever truncated or overwritten by the
+next run.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import socket
 import time
 from pathlib import Path
+from typing import Iterator
+
+from utils.checkpoint import step_of
+from utils.distributed import Distributed
+from utils.errors import UserError
 
 KEPT = ("README.md", "archive")  # what stays when a run's files move
+LOGS = ("log.txt", "metrics.jsonl", "samples.txt")  # what a resumed run cuts back to its checkpoint
 
 
-def archive_earlier_run(log_dir: Path) -> Path | None:
-    """Moves what an earlier run left to `archive/<time of its log>/`.
+def prepare_log_dir(log_dir: Path) -> None:
+    """Makes the folder and tries a file in it. Raises UserError if that fails."""
+    trial = log_dir / f".trial-{os.getpid()}"
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        trial.write_text("")
+        trial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to log dir {log_dir}: {error.strerror}", "give --log-dir a folder you can write to"
+        ) from error
 
-    Checkpoints go first, one rename each, so that a kill halfway loses nothing.
+
+@contextlib.contextmanager
+def locked(log_dir: Path) -> Iterator[None]:
+    """Holds the folder against a second run; the system lets go of it however this process ends.
+
+    Raises:
+        UserError: another live process holds it; the message names it.
+    """
+    from filelock import FileLock, Timeout  # comes with torch
+
+    lock, holder = FileLock(str(log_dir / ".lock"), timeout=0), log_dir / ".lock-holder"
+    try:
+        lock.acquire()
+    except Timeout as error:
+        try:
+            who = "pid {pid} on host {host} since {since}".format(**json.loads(holder.read_text()))
+        except (OSError, ValueError):
+            who = "another process"
+        raise UserError(
+            f"log dir {str(log_dir)!r} is in use by {who}",
+            "wait for it, stop it, or give --log-dir another folder",
+        ) from error
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        sweep(log_dir)
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def reserved(log_dir: Path, dist: Distributed) -> Iterator[None]:
+    """`prepare_log_dir` and `locked`, by the one rank that writes."""
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            prepare_log_dir(log_dir)
+            held.enter_context(locked(log_dir))
+
+        dist.on_master(take)
+        yield
+
+
+def sweep(log_dir: Path) -> None:
+    """Removes what a killed run was in the middle of writing; call it under the lock."""
+    for torn in log_dir.glob(".*.tmp-*"):
+        print(f"removed {torn.name}: an earlier run was stopped while writing it")
+        torn.unlink()
+
+
+def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | None:
+    """Moves what an earlier run left to `archive/<time of its first file>/`.
+
+    Checkpoints go first, one rename each, so that a kill halfway leaves no checkpoint without its log.
+
+    Args:
+        checkpoints_after: moves only the checkpoints of later steps than this one.
 
     Returns:
         The folder, or None if there was nothing to move.
     """
     files = [path for path in log_dir.iterdir() if path.name not in KEPT and not path.name.startswith(".")]
+    if checkpoints_after is not None:
+        files = [path for path in files if path.suffix == ".pt" and step_of(path) > checkpoints_after]
     if not files:
         return None
     started = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(min(path.stat().st_mtime for path in files)))
-    archive = log_dir / "archive" / started
-    count = 1
+    archive, count = log_dir / "archive" / started, 1
     while archive.exists():
         count += 1
         archive = log_dir / "archive" / f"{started}_{count}"
     archive.mkdir(parents=True)
     for path in sorted(files, key=lambda path: (path.suffix != ".pt", path.name)):
         os.replace(path, archive / path.name)
+    print(f"moved {len(files)} file(s) of an earlier run to {archive}")
     return archive
+
+
+def log_sizes(log_dir: Path) -> dict[str, int]:
+    """Bytes of each log, to be saved with a checkpoint."""
+    return {name: (log_dir / name).stat().st_size for name in LOGS if (log_dir / name).exists()}
+
+
+def cut_logs_back(log_dir: Path, sizes: dict[str, int]) -> None:
+    """Cuts each log to its size at the checkpoint; what is cut off is added to `<name>.stale`."""
+    for name in LOGS:
+        path, size = log_dir / name, sizes.get(name, 0)
+        if not path.exists() or path.stat().st_size <= size:
+            continue
+        with open(path, "r+b") as file:
+            file.seek(size)
+            tail = file.read()
+            with open(path.with_name(f"{name}.stale"), "ab") as stale:
+                stale.write(tail)
+                stale.flush()
+                os.fsync(stale.fileno())
+            file.truncate(size)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from utils.errors import UserError
 from utils.plotting import plot_run
 
 
@@ -25,9 +24,6 @@ class RunLog:
         is_master: whether this process writes.
         max_steps: length of the progress bar.
         start_step: where it starts.
-
-    Raises:
-        UserError: the folder cannot be written.
     """
 
     def __init__(self, log_dir: Path, is_master: bool, max_steps: int = 0, start_step: int = 0):
@@ -37,7 +33,7 @@ class RunLog:
         self.broken = False
         if not is_master:
             return
-        prepare_log_dir(log_dir)
+        log_dir.mkdir(parents=True, exist_ok=True)
         self.log_file = open(log_dir / "log.txt", "a", encoding="utf-8")
         self.metrics_file = open(log_dir / "metrics.jsonl", "a", encoding="utf-8")
         self.samples_file = open(log_dir / "samples.txt", "a", encoding="utf-8")
@@ -80,23 +76,23 @@ class RunLog:
         self.record("val", step=step, loss=loss, tokens=tokens, seconds=seconds)
         self.say(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity(loss)}")
 
-    def update(self, step: int, loss: float, norm: float, lr: float, speed: Speed, memory: int) -> None:
-        """Writes down an update: loss and norm before it, and what it took. memory: peak bytes so far."""
+    def update(
+        self, step: int, loss: float, norm: float, lr: float, speed: Speed, skipped: int, memory: int
+    ) -> None:
+        """Writes down an update: loss and norm before it, and what it took.
+
+        Args:
+            skipped: updates skipped so far, for spikes of the norm.
+            memory: most bytes used so far.
+        """
         self.result(step, "train", loss)
-        self.record(
-            "train",
-            step=step,
-            loss=loss,
-            lr=lr,
-            norm=norm,
-            seconds=speed.seconds,
-            mfu=speed.mfu,
-            memory=memory,
-        )
+        took = dict(seconds=speed.seconds, mfu=speed.mfu, memory=memory)
+        self.record("train", step=step, loss=loss, lr=lr, norm=norm, skipped=skipped, **took)
         parts = [
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}",
             f"{1000 * speed.seconds:.0f} ms | {speed.tokens_per_second:,.0f} tok/s",
             *([] if speed.mfu is None else [f"mfu {100 * speed.mfu:.1f}%"]),
+            *([f"skipped {skipped}"] if skipped else []),
             f"eta {format_duration(speed.eta)}",
         ]
         self.say(" | ".join(parts))
@@ -135,19 +131,6 @@ class RunLog:
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-
-def prepare_log_dir(log_dir: Path) -> None:
-    """Makes the folder and tries a file in it. Raises UserError if that fails."""
-    trial = log_dir / ".trial"
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        trial.write_text("")
-        trial.unlink()
-    except OSError as error:
-        raise UserError(
-            f"cannot write to log dir {log_dir}: {error.strerror}", "give --log-dir a folder you can write to"
-        ) from error
 
 
 class Speed(NamedTuple):

@@ -140,6 +140,17 @@ def autocast(device: torch.device, dtype: torch.dtype):
     return torch.autocast(device_type=device.type, dtype=dtype)
 
 
+def make_scaler(device: torch.device, dtype: torch.dtype):
+    """Scales the loss where gradients would underflow (fp16), and passes everything through where not.
+
+    Overflows need no agreement between ranks: the gradients it looks at have been summed over all of them.
+    """
+    enabled = dtype == torch.float16
+    if hasattr(torch.amp, "GradScaler"):  # torch >= 2.3
+        return torch.amp.GradScaler(device.type, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)
+
+
 def choose_compile(requested: str, device: torch.device) -> Decision:
     """Whether to use torch.compile. `requested` is "auto", "on" or "off"."""
     if requested == "off":

@@ -1,0 +1,96 @@
+"""The flags of train_gpt.py.
+
+Their defaults are the constants of that script, found by name: MAX_LR is --max-lr's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Mapping
+
+from utils.command_line import (
+    ArgumentParser,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
+from utils.runtime import DTYPES
+
+
+def make_parser(constants: Mapping[str, Any], presets: Mapping[str, dict]) -> ArgumentParser:
+    """A parser whose defaults are the UPPER_CASE entries of `constants`."""
+    parser = ArgumentParser(
+        prog="train_gpt.py", description="Train a GPT-2. Defaults are those of the preset gpt2."
+    )
+    _add_model_and_data(parser, presets)
+    _add_recipe(parser)
+    _add_evaluation(parser)
+    _add_running(parser)
+    flags = vars(parser.parse_args([]))
+    defaults = {name.lower(): value for name, value in constants.items() if name.isupper()}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if name in flags})
+    return parser
+
+
+def _add_model_and_data(parser: ArgumentParser, presets: Mapping[str, dict]) -> None:
+    add = parser.add_argument_group("model and data").add_argument
+    add("--preset", choices=presets, default="auto", help="auto: gpt2 on CUDA with shards, else tiny")
+    add("--data", help="folder of shards or text file; default: edu_fineweb10B/, input.txt, a download")
+    add("--tokenizer", choices=("gpt2", "char"), help="of a text file")
+    add("--shuffle", choices=("on", "off"), help="windows in a seeded random order, or as they come")
+    add("--init-from", metavar="MODEL", help="start from gpt2[-medium|-large|-xl], a checkpoint or a folder")
+    add("--n-layer", type=positive_int, help="layers")
+    add("--n-head", type=positive_int, help="attention heads")
+    add("--n-embd", type=positive_int, help="channels")
+    add("--seq-len", type=positive_int, help="tokens of a window, and the block size of a fresh model")
+
+
+def _add_recipe(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("recipe").add_argument
+    add("--micro-batch", type=positive_int, help="windows in the model at one time")
+    add("--total-batch-tokens", type=positive_int, help="tokens of an update, over all ranks and micro-steps")
+    add("--max-steps", type=positive_int, help="updates")
+    add("--warmup-steps", type=non_negative_int, help="updates until the highest learning rate")
+    add("--max-lr", type=positive_float, help="highest learning rate")
+    add("--min-lr", type=non_negative_float, help="learning rate at the end")
+    add("--weight-decay", type=non_negative_float, help="of matrices")
+    add("--grad-clip", type=positive_float, help="largest norm of the gradient")
+    add("--skip-spikes", type=non_negative_float, metavar="Z", help="skip updates Z sigmas above; 0: none")
+    add("--seed", type=non_negative_int, help="of weights and data order")
+
+
+def _add_evaluation(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("evaluation (every N steps and after the last; 0: never)").add_argument
+    add("--val-every", type=non_negative_int, help="steps between validations")
+    add("--val-tokens", type=positive_int, help="tokens of a validation; at most the whole split")
+    add("--sample-every", type=non_negative_int, help="steps between samples")
+    add("--sample-prompt", help="what samples start with")
+    add("--eval-only", action="store_true", help="val loss of --init-from or the newest checkpoint, then end")
+
+
+def _add_running(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("running").add_argument
+    add("--log-dir", type=Path, help="where everything lands")
+    add(
+        "--resume",
+        nargs="?",
+        const="newest",
+        metavar="CHECKPOINT",
+        help="go on from the newest, or from this one",
+    )
+    add("--checkpoint-every", type=non_negative_int, help="steps between checkpoints, and after the last")
+    add("--keep-checkpoints", type=positive_int, help="newest checkpoints that can be resumed from")
+    add("--keep-every", type=non_negative_int, help="models of these steps stay; 0: only the last")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of matrix products")
+    add(
+        "--compile",
+        action="store_const",
+        const="on",
+        default="auto",
+        help="torch.compile (auto: where it pays)",
+    )
+    add("--no-compile", dest="compile", action="store_const", const="off", help="no torch.compile")
+    add("--deterministic", action="store_true", help="same bits in every run, where the device can")
+    add("--dist-timeout", type=positive_float, help="seconds after which a hung rank ends the job")
