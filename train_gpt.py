@@ -374,6 +374,8 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     args, preset_reason = read_arguments(argv)
     device = runtime.choose_device(args.device, distributed.environment_local_rank())
+    if device.value.type == "cpu":
+        runtime.keep_freed_memory()
     with distributed.start(device.value, args.dist_timeout) as dist:
         if args.eval_only:
             return report_val_loss(args, dist)
