@@ -59,8 +59,8 @@ PRESETS = {
     # Two CPU cores, a few minutes, a megabyte of text. Narrow: the projection to 50304 words is most of the
     # work.
     "tiny": dict(
-        n_layer=4, n_head=4, n_embd=96, seq_len=64, micro_batch=8, total_batch_tokens=512,
-        max_steps=1000, warmup_steps=50, max_lr=5e-3, min_lr=5e-4,
+        n_layer=4, n_head=4, n_embd=64, seq_len=64, micro_batch=8, total_batch_tokens=512,
+        max_steps=1000, warmup_steps=100, max_lr=8e-3, min_lr=4e-4,
         val_every=250, sample_every=500, checkpoint_every=500,
     ),
     # Characters instead of words: 65 of them make the output layer small.

@@ -44,7 +44,7 @@ def watched_update(run, batches, progress):
 
 def watch(folder: Path) -> None:
     """Writes down what this rank reads, and the gradients of its first step before they are clipped."""
-    windows = open(folder / f"windows_{RANK}.jsonl", "a")
+    windows = open(folder / f".windows_{RANK}.jsonl", "a")
     real_batch = data_loader.WindowLoader.batch
 
     def batch(self, numbers):
@@ -55,7 +55,7 @@ def watch(folder: Path) -> None:
 
     def clip(parameters, max_norm):
         parameters = list(parameters)
-        path = folder / f"gradients_{RANK}.pt"
+        path = folder / f".gradients_{RANK}.pt"
         if not path.exists():
             torch.save([p.grad.clone() for p in parameters], path)
         return real_clip(parameters, max_norm)
