@@ -20,8 +20,8 @@ import torch
 
 from generate import sample_texts
 from gpt_model import GPT, GPTConfig
-from utils import distributed, plan, resume, run_dir, runtime
-from utils.checkpoint import free_space, model_content, newest_model_file, prune, save_pair
+from utils import distributed, micro_batch, plan, resume, run_dir, runtime
+from utils.checkpoint import newest_model_file
 from utils.data_loader import WindowLoader
 from utils.datasets import choose_source, choose_tokenizer, fetch, open_streams
 from utils.distributed import Distributed
@@ -210,32 +210,6 @@ def write_samples(run: Run, log: RunLog, step: int) -> None:
     run.model.train()
 
 
-def save(run: Run, log: RunLog, progress: Progress) -> bool:
-    """Writes a checkpoint of the completed updates, on rank 0.
-
-    Returns whether there is one; a full disk ends no run.
-    """
-    args, moment = run.args, (progress.step, list(progress.done))
-    if progress.saved == moment:
-        return True
-    state = resume.resume_state(run, progress)
-    if run.dist.is_master:
-        config = vars(run.model.config).copy()
-        model = model_content(run.model, config, progress.step, progress.val_loss, run.tokenizer.state())
-        try:
-            path = save_pair(args.log_dir, progress.step, model, state)
-            log.say(f"checkpoint: {path}")
-            prune(args.log_dir, args.keep_checkpoints, args.keep_every, args.max_steps, progress.resumed_from)
-            progress.saved = moment
-        except (OSError, RuntimeError) as error:
-            log.say(
-                f"warning: could not save step {progress.step}: {error} ({free_space(args.log_dir, run.model)})"
-            )
-    run.dist.barrier()
-    progress.saved = run.dist.broadcast(progress.saved)
-    return progress.saved == moment
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -264,7 +238,7 @@ def train(run: Run, log: RunLog, progress: Progress) -> None:
             write_samples(run, log, progress.step)
             progress.done.append("samples")
         if last or (progress.is_due("checkpoint", args.checkpoint_every, last) and progress.step > 0):
-            saved = save(run, log, progress)
+            saved = resume.save(run, log, progress)
         if progress.is_due("plot", args.val_every, last) and progress.step > 0:
             log.plot()
         if last:
@@ -312,6 +286,9 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     compiles = runtime.choose_compile(args.compile, dist.device)
     numerics = runtime.set_numerics(args.seed, args.deterministic)
     model, tokenizer, train_stream, val_stream, why = load_model_and_data(args, dist)
+    if args.micro_batch == "auto":
+        usual = PRESETS[args.preset].get("micro_batch", MICRO_BATCH)
+        args.micro_batch, reasons["micro-batch"] = micro_batch.choose(args, model, dist, dtype.value, usual)
     trained_model = dist.wrap(torch.compile(model) if compiles.value else model)
     optimizer = model.configure_optimizers(args.weight_decay, args.max_lr, dist.device.type, dist.is_master)
     place = (args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
@@ -356,13 +333,15 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
         try:
             train(run, log, progress)
         except Stopped as stop:
-            if not save(run, log, progress):
+            if not resume.save(run, log, progress):
                 raise Unfinished(
                     f"received {stop.name}, and the checkpoint could not be saved", "--resume"
                 ) from stop
             where = f"saved {args.log_dir} at step {progress.step}"
             log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
             return stop.exit_code
+        except micro_batch.OutOfMemory as error:
+            raise micro_batch.out_of_memory(args.micro_batch, progress.step) from error
         memory = runtime.peak_memory_bytes(dist.device) / 1e9
         log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
         log.say(f"in {args.log_dir}/: log.txt, metrics.jsonl, samples.txt, curves.png, model_*.pt")
@@ -396,6 +375,9 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
             f"no checkpoint in {args.log_dir} to evaluate", "name one: --eval-only --init-from gpt2"
         )
     dtype = runtime.choose_dtype(args.dtype, dist.device).value
+    args.micro_batch = (
+        8 if args.micro_batch == "auto" else args.micro_batch
+    )  # without gradients, little to gain
     model, _, _, val_stream, _ = load_model_and_data(args, dist)
     loader = WindowLoader(val_stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
     loss = evaluate(model, loader, args.val_tokens, dist, dtype)

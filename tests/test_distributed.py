@@ -136,7 +136,7 @@ def test_two_nodes_train_as_one(text_file, jobs, tmp_path):
         assert ours[0] == theirs[0] and abs(ours[1] - theirs[1]) < 1e-4
 
 
-@pytest.mark.parametrize("fault", ["raise", "kill", "exit"])
+@pytest.mark.parametrize("fault", ["raise", "kill", pytest.param("exit", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_job(fault, text_file, tmp_path):
     """9: in seconds, not with success, the root cause in the output, earlier checkpoints whole, no half-
     written file.
@@ -153,6 +153,7 @@ def test_a_rank_that_dies_ends_the_job(fault, text_file, tmp_path):
     assert not list(tmp_path.glob(".*.tmp-*"))
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_given_up(text_file, tmp_path):
     """10: after --dist-timeout seconds the others end the job."""
     process = torchrun(2, text_file, tmp_path, "--dist-timeout", "6", FAULT="hang@4:1")
@@ -160,7 +161,7 @@ def test_a_rank_that_hangs_is_given_up(text_file, tmp_path):
     assert process.returncode != 0 and "imed out" in output
 
 
-@pytest.mark.parametrize("target", ["launcher", "one worker"])
+@pytest.mark.parametrize("target", ["launcher", pytest.param("one worker", marks=pytest.mark.slow)])
 def test_a_signal_stops_all_ranks_together(target, text_file, tmp_path, jobs):
     """5, 6: SIGTERM to torchrun or to one worker: all agree, rank 0 saves, and resumed it is the same run."""
     if target == "launcher":
@@ -177,7 +178,7 @@ def test_a_signal_stops_all_ranks_together(target, text_file, tmp_path, jobs):
     assert (tmp_path / "log.txt").read_bytes() == (jobs[2] / "log.txt").read_bytes()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_killed_and_resumed_ranks_are_the_same_run(num_ranks, text_file, tmp_path):
     """Bitwise with 2 and with 3 ranks, where DDP's rebuilt buckets would show: log, weights and moments."""
     flags = ("--total-batch-tokens", "96", "--micro-batch", "1", "--max-steps", "10")
@@ -191,6 +192,7 @@ def test_killed_and_resumed_ranks_are_the_same_run(num_ranks, text_file, tmp_pat
         assert all(torch.equal(ours[place], theirs[place]) for place in theirs)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(text_file, tmp_path, jobs):
     """13: two ranks, then one, then two: the same windows, the losses to 1e-4, and a line that says so."""
     finish(torchrun(2, text_file, tmp_path, FAULT="kill@5:0"))
@@ -201,6 +203,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(text_file, tmp_path, jobs):
         assert ours[0] == theirs[0] and abs(ours[1] - theirs[1]) < 1e-4
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(text_file, tmp_path, jobs):
     """12: --max-restarts: a worker that was killed comes back, resumes without being told, and the log is the
     same.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import load_pair, newest_complete, versions
+from utils.checkpoint import free_space, load_pair, model_content, newest_complete, prune, save_pair, versions
 from utils.distributed import Distributed, restart_count
 from utils.errors import UserError
 from utils.run_dir import archive_run, cut_logs_back, log_sizes
@@ -89,6 +89,31 @@ def resume_state(run, progress: Progress) -> dict[str, Any]:
         "log": log_sizes(run.args.log_dir),
         "environment": environment(run.dist),
     }
+
+
+def save(run, log, progress: Progress) -> bool:
+    """Writes a checkpoint of the completed updates, on rank 0.
+
+    Returns whether there is one; a full disk ends no run.
+    """
+    args, moment = run.args, (progress.step, list(progress.done))
+    if progress.saved == moment:
+        return True
+    state = resume_state(run, progress)
+    if run.dist.is_master:
+        config = vars(run.model.config).copy()
+        model = model_content(run.model, config, progress.step, progress.val_loss, run.tokenizer.state())
+        try:
+            path = save_pair(args.log_dir, progress.step, model, state)
+            log.say(f"checkpoint: {path}")
+            prune(args.log_dir, args.keep_checkpoints, args.keep_every, args.max_steps, progress.resumed_from)
+            progress.saved = moment
+        except (OSError, RuntimeError) as error:
+            space = free_space(args.log_dir, run.model)
+            log.say(f"warning: could not save step {progress.step}: {error} ({space}); training goes on")
+    run.dist.barrier()
+    progress.saved = run.dist.broadcast(progress.saved)
+    return progress.saved == moment
 
 
 def environment(dist: Distributed) -> dict[str, Any]:

@@ -35,7 +35,8 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
     if args.min_lr > args.max_lr:
         problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
     try:
-        accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, world_size)
+        micro_batch = 1 if args.micro_batch == "auto" else args.micro_batch
+        accumulation_steps(args.total_batch_tokens, micro_batch, args.seq_len, world_size)
     except UserError as error:
         problems.append(str(error))
     if problems:

@@ -33,6 +33,11 @@ def make_parser(constants: Mapping[str, Any], presets: Mapping[str, dict]) -> Ar
     return parser
 
 
+def positive_int_or_auto(text: str) -> int | str:
+    """A whole number above zero, or "auto"."""
+    return text if text == "auto" else positive_int(text)
+
+
 def _add_model_and_data(parser: ArgumentParser, presets: Mapping[str, dict]) -> None:
     add = parser.add_argument_group("model and data").add_argument
     add("--preset", choices=presets, default="auto", help="auto: gpt2 on CUDA with shards, else tiny")
@@ -48,7 +53,7 @@ def _add_model_and_data(parser: ArgumentParser, presets: Mapping[str, dict]) -> 
 
 def _add_recipe(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("recipe").add_argument
-    add("--micro-batch", type=positive_int, help="windows in the model at one time")
+    add("--micro-batch", type=positive_int_or_auto, help="windows in the model at one time; auto: what fits")
     add("--total-batch-tokens", type=positive_int, help="tokens of an update, over all ranks and micro-steps")
     add("--max-steps", type=positive_int, help="updates")
     add("--warmup-steps", type=non_negative_int, help="updates until the highest learning rate")

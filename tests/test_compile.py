@@ -1,0 +1,50 @@
+"""torch.compile on a small model, forced on: the same run, compiled once."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+import train_gpt
+
+SETTINGS = (
+    *(
+        "--preset",
+        "tiny",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--tokenizer",
+        "char",
+        "--micro-batch",
+        "2",
+    ),
+    *("--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--seq-len", "16", "--total-batch-tokens", "64"),
+    *("--max-steps", "6", "--max-lr", "1e-2", "--val-every", "3", "--sample-every", "3"),
+)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_training_is_the_same_and_compiles_once(text_file, tmp_path):
+    """Losses to 1e-4 with evaluations and samples in between; after the first update no graph is compiled again."""
+    from torch._dynamo.utils import counters
+
+    real_update, graphs = train_gpt.update, []
+
+    def counting(run, batches, progress):
+        result = real_update(run, batches, progress)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return result
+
+    losses = []
+    for flag in ("--no-compile", "--compile"):
+        graphs.clear()
+        log_dir = tmp_path / flag
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_gpt, "update", counting)
+            assert train_gpt.main([*SETTINGS, "--data", str(text_file), "--log-dir", str(log_dir), flag]) == 0
+        losses.append([float(line.split()[2]) for line in (log_dir / "log.txt").read_text().splitlines()])
+    assert all(abs(a - b) < 1e-4 for a, b in zip(*losses))
+    assert graphs[0] > 0 and len(set(graphs)) == 1
