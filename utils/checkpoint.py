@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
+from utils.foreign_checkpoints import conversion_command, convert, is_foreign
 
 FORMAT, VERSION = "minigpt-ckpt", 1
 
@@ -182,15 +183,19 @@ def load_model_file(path: str | Path) -> dict[str, Any]:
     Returns:
         dict with model (state dict), config (dict), step, val_loss, tokenizer (state dict) and versions.
 
+    Checkpoints of nanoGPT and build-nanogpt become such a dict, too.
+
     Raises:
-        UserError: missing, damaged, or not a checkpoint of this project.
+        UserError: missing, damaged, or not a checkpoint that can be read here.
     """
     content = load_checked(Path(path))
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(
-            f"{path} is not a checkpoint of this project", "give a model_*.pt that train_gpt.py wrote"
-        )
-    return content
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        return content
+    if is_foreign(content):
+        return convert(content, Path(path))
+    raise UserError(
+        f"{path} is not a checkpoint of this project", "give a model_*.pt that train_gpt.py wrote"
+    )
 
 
 def load_checked(path: Path) -> Any:
@@ -217,6 +222,11 @@ def load_checked(path: Path) -> Any:
     except Exception as error:  # torch raises UnpicklingError for code, RuntimeError for other archives
         # In our words: torch's would suggest to switch the protection off.
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if code and code.group(1) == "__main__.GPTConfig":
+            raise UserError(
+                f"refusing to load {path}: its config is a pickled object (__main__.GPTConfig)",
+                f"convert it, if it is build-nanogpt's (torch 2.4 or newer): {conversion_command(path)}",
+            ) from error
         what = f"contains code ({code.group(1)})" if code else "is no archive of plain values and tensors"
         raise UserError(
             f"refusing to load {path}: {what}", "use a checkpoint that train_gpt.py wrote"

@@ -131,7 +131,7 @@ def epoch_order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
 
     numpy promises that RandomState's stream never changes between its versions, which Generator's may.
     """
-    return np.random.RandomState([seed, epoch]).permutation(num_windows)
+    return np.random.RandomState([seed, epoch]).permutation(num_windows).astype(np.uint32)
 
 
 class WindowLoader:
