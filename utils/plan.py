@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from utils import runtime
 from utils.checkpoint import versions
+from utils.memory_estimate import MemoryEstimate, estimate_memory
+from utils.run_log import format_duration
+
+FORWARD_SHARE = 1 / 3  # of a training token's work: the backward pass takes the other two thirds
 
 
 def describe(run, reasons: dict[str, str]) -> list[str]:
@@ -43,3 +48,92 @@ def record(run, reasons: dict[str, str]) -> dict[str, Any]:
         "reasons": reasons,
         "parameters": run.model.num_parameters(),
     }
+
+
+def dry_run_lines(run, seconds_per_micro_step: float, cost_per_hour: float | None = None) -> list[str]:
+    """What a run would take: disk, memory, time and money. The rest of `--dry-run`, after `describe`.
+
+    Args:
+        run: the training script's Run.
+        seconds_per_micro_step: measured, forward and backward of one micro-batch.
+        cost_per_hour: of all devices together, in whatever money; None leaves the line out.
+    """
+    config, args = run.model.config, run.args
+    shape = (args.micro_batch, args.seq_len, run.dtype, run.dist.device.type, run.micro_steps)
+    estimate = estimate_memory(config, run.model.num_parameters(), *shape)
+    updates, validation = run_seconds(run, seconds_per_micro_step)
+    lines = [checkpoints_line(run), memory_line(estimate), speed_line(run, seconds_per_micro_step)]
+    lines.append(
+        f"time: {format_duration(updates + validation)} = {args.max_steps} steps {format_duration(updates)} "
+        f"+ validation about {format_duration(validation)} (HellaSwag, samples and checkpoints come on top)"
+    )
+    if cost_per_hour is not None:
+        hours = (updates + validation) / 3600
+        lines.append(f"cost: {hours * cost_per_hour:,.2f} = {hours:,.2f} hours x {cost_per_hour:g} an hour")
+    return lines
+
+
+def run_seconds(run, seconds_per_micro_step: float) -> tuple[float, float]:
+    """Seconds of all updates, and of all validations."""
+    args = run.args
+    updates = args.max_steps * run.micro_steps * seconds_per_micro_step
+    if not args.val_every:
+        return updates, 0.0
+    # The steps 0, E, 2E, ... and the one after the last, which may be one of them.
+    count = len({*range(0, args.max_steps, args.val_every), args.max_steps})
+    windows = run.val_loader.num_val_windows(args.val_tokens)
+    micro_batches = windows / (args.micro_batch * run.dist.world_size)
+    return updates, count * micro_batches * FORWARD_SHARE * seconds_per_micro_step
+
+
+def num_checkpoints(args) -> tuple[int, int]:
+    """(model files, optimizer files) in the log directory when a run has ended."""
+    every = args.checkpoint_every
+    saved = {args.max_steps, *(range(every, args.max_steps, every) if every else ())}
+    recent = set(sorted(saved)[-args.keep_checkpoints :])
+    kept = {step for step in saved if args.keep_every and step % args.keep_every == 0}
+    return len(recent | kept), len(recent)
+
+
+def checkpoints_line(run) -> str:
+    """Bytes that checkpoints will take beside what is free. While one is written, there is one more pair."""
+    models, pairs = num_checkpoints(run.args)
+    size = 4 * run.model.num_parameters()  # float32; Adam's two moments take twice as much
+    need = (models + 1) * size + (pairs + 1) * 2 * size
+    folder = next(path for path in (run.args.log_dir, *run.args.log_dir.resolve().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    line = (
+        f"checkpoints: model {gigabytes(size)} + optimizer {gigabytes(2 * size)}; {models} models and "
+        f"{pairs} optimizers stay, at most {gigabytes(need)} at one time; free {gigabytes(free)}"
+    )
+    return line if need <= free else f"warning: {line}: not enough"
+
+
+def memory_line(estimate: MemoryEstimate) -> str:
+    """The estimate of one process, term by term."""
+    return (
+        f"memory: about {gigabytes(estimate.peak)} a process (parameters {gigabytes(estimate.parameters)}, "
+        f"gradients {gigabytes(estimate.gradients)}, optimizer {gigabytes(estimate.optimizer)}, "
+        f"activations {gigabytes(estimate.activations)}, loss {gigabytes(estimate.loss)}; "
+        "not all of them at one time)"
+    )
+
+
+def speed_line(run, seconds_per_micro_step: float) -> str:
+    """Tokens per second over all processes, and the share of the devices' peak where that is known."""
+    args, world_size = run.args, run.dist.world_size
+    step = run.micro_steps * seconds_per_micro_step
+    tokens_per_second = args.total_batch_tokens / step
+    peak = runtime.peak_flops(run.dist.device)
+    mfu = "n/a"
+    if peak is not None:
+        flops = run.model.flops_per_token(args.seq_len) * tokens_per_second
+        mfu = f"{100 * flops / (peak * world_size):.1f}%"
+    return (
+        f"speed: {1000 * seconds_per_micro_step:,.0f} ms x {run.micro_steps} micro-step(s) = "
+        f"{1000 * step:,.0f} ms a step, {tokens_per_second:,.0f} tok/s, mfu {mfu}"
+    )
+
+
+def gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB"

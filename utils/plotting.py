@@ -1,12 +1,25 @@
-"""log/curves.png from log.txt and metrics.jsonl: losses, learning rate, HellaSwag."""
+"""Curves: log/curves.png while a run goes on, and several runs in one picture.
+
+python -m utils.plotting log other_run/log --out compare.png
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
+from typing import Sequence
 
-GPT2_HELLASWAG = 0.2955  # acc_norm of OpenAI's 124M weights, completion style (build-nanogpt)
+from utils.command_line import ArgumentParser
+from utils.errors import UserError, run_script
+from utils.hellaswag_results import PUBLISHED_GPT2
+
+# Accuracy (acc_norm, completion style) of the models that a 124M run is measured against.
+HELLASWAG_REFERENCES = {
+    "GPT-2 124M": PUBLISHED_GPT2["completion"]["gpt2"].acc_norm,
+    "GPT-3 124M": 0.337,  # Brown et al. 2020, table H.1
+}
 
 
 def smoothed(values: list[float], memory: float = 0.95) -> list[float]:
@@ -18,13 +31,16 @@ def smoothed(values: list[float], memory: float = 0.95) -> list[float]:
     return result
 
 
+# ------------------------------------------------------------------------------------------------------------
+# One run
+
+
 def plot_run(log_dir: Path) -> Path | None:
     """Draws `curves.png` in the log directory.
 
     Returns its path, or None where matplotlib is missing or nothing was logged.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
@@ -42,23 +58,11 @@ def plot_run(log_dir: Path) -> Path | None:
     axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     if panels == 3:
         axes[2].plot(*curves["hella"], color="tab:red", marker="o", markersize=3)
-        axes[2].axhline(GPT2_HELLASWAG, color="gray", linestyle="--", linewidth=1)
-        axes[2].annotate(
-            "GPT-2 124M",
-            (0.005, GPT2_HELLASWAG),
-            xycoords=("axes fraction", "data"),
-            va="bottom",
-            color="gray",
-        )
-        axes[2].set_ylabel("HellaSwag")
+        _draw_references(axes[2])
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[-1].set_xlabel("step")
-    path = log_dir / "curves.png"
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")  # a viewer never sees half a picture
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    os.replace(temporary, path)
-    return path
+    return save_picture(figure, log_dir / "curves.png")
 
 
 def _draw_losses(axis, curves: dict) -> None:
@@ -68,17 +72,106 @@ def _draw_losses(axis, curves: dict) -> None:
         axis.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.6, label="train, smoothed")
     if "val" in curves:
         steps, losses = curves["val"]
-        axis.plot(
-            steps,
-            losses,
-            color="tab:orange",
-            marker="o",
-            markersize=4,
-            linewidth=1.6,
-            label=f"val (last {losses[-1]:.4f})",
-        )
+        style = dict(color="tab:orange", marker="o", markersize=4, linewidth=1.6)
+        axis.plot(steps, losses, label=f"val (last {losses[-1]:.4f})", **style)
     axis.set_ylabel("loss (nats per token)")
     axis.legend()
+
+
+def _draw_references(axis) -> None:
+    """Dashed lines at the accuracies of GPT-2 and GPT-3."""
+    for name, accuracy in HELLASWAG_REFERENCES.items():
+        axis.axhline(accuracy, color="gray", linestyle="--", linewidth=1)
+        place = dict(xycoords=("axes fraction", "data"), va="bottom", color="gray")
+        axis.annotate(f"{name} {accuracy:.4f}", (0.005, accuracy), **place)
+    axis.set_ylabel("HellaSwag accuracy")
+
+
+def save_picture(figure, path: Path) -> Path:
+    """Writes a PNG under a temporary name first: a viewer never sees half a picture. Returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        FigureCanvasAgg(figure).print_png(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+def plot_comparison(log_dirs: Sequence[Path], path: Path) -> Path:
+    """Draws the val losses of several runs against steps, tokens and time, and their HellaSwag accuracies.
+
+    Args:
+        log_dirs: one for each run, as train_gpt.py writes them.
+        path: of the PNG.
+
+    Raises:
+        UserError: matplotlib is missing, a directory holds no log, or the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("matplotlib is not installed", "pip install matplotlib") from error
+    logs = {}
+    for log_dir in log_dirs:
+        curves = read_log(log_dir / "log.txt") if (log_dir / "log.txt").is_file() else {}
+        if not curves:
+            raise UserError(f"{log_dir} holds no log.txt of a run", "give log directories of train_gpt.py")
+        logs[log_dir] = curves
+    has_hellaswag = any("hella" in curves for curves in logs.values())
+    figure = Figure(figsize=(12, 8) if has_hellaswag else (15, 4.6), layout="constrained")
+    axes = figure.subplots(*((2, 2) if has_hellaswag else (1, 3))).flatten()
+    vals = {log_dir: _val_records(log_dir, curves) for log_dir, curves in logs.items()}
+    longest = max((r["seconds"] for records in vals.values() for r in records if "seconds" in r), default=0)
+    unit, unit_name = next(u for u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 2 * u[0]
+                           or u[0] == 1)  # fmt: skip
+    _draw_vals(axes[0], vals, "step", 1, "step")
+    _draw_vals(axes[1], vals, "tokens", 1, "training tokens")
+    _draw_vals(axes[2], vals, "seconds", unit, f"{unit_name} of updates")
+    if has_hellaswag:
+        for number, (log_dir, curves) in enumerate(logs.items()):
+            if "hella" in curves:
+                axes[3].plot(*curves["hella"], color=f"C{number}", marker="o", markersize=3, label=str(log_dir))
+        _draw_references(axes[3])
+        axes[3].set_xlabel("step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    try:
+        return save_picture(figure, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}", "give --out a file you can write") from error
+
+
+def _val_records(log_dir: Path, curves: dict) -> list[dict]:
+    """Step and loss of each validation, with tokens and seconds where metrics.jsonl has them.
+
+    log.txt decides: it is what a resumed run cuts back and what people copy around.
+    """
+    known = {r["step"]: r for r in read_metrics(log_dir / "metrics.jsonl") if r["kind"] == "val"}
+    return [{**known.get(step, {}), "step": step, "loss": loss} for step, loss in zip(*curves.get("val", ((), ())))]
+
+
+def _draw_vals(axis, vals: dict, key: str, unit: float, label: str) -> None:
+    """One line for each run: val loss against `key`, divided by `unit`."""
+    for number, (log_dir, records) in enumerate(vals.items()):
+        points = [(r[key] / unit, r["loss"]) for r in records if key in r]
+        if points:
+            name = f"{log_dir} (last {points[-1][1]:.4f})"
+            axis.plot(*zip(*points), color=f"C{number}", marker="o", markersize=3, label=name)
+    axis.set_xlabel(label)
+    axis.set_ylabel("val loss (nats per token)")
+    if axis.lines:
+        axis.legend()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
 
 
 def read_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -94,6 +187,21 @@ def read_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of metrics.jsonl. A torn last line is left out."""
+    """The records of metrics.jsonl, none if it is missing. A torn last line is left out."""
+    if not path.is_file():
+        return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="-m utils.plotting", description="Draw the curves of runs into one picture.")
+    parser.add_argument("log_dirs", nargs="+", type=Path, metavar="LOG_DIR", help="of a run")
+    parser.add_argument("--out", type=Path, default=Path("compare.png"), help="the picture, a PNG")
+    args = parser.parse_args(argv)
+    print(plot_comparison(args.log_dirs, args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
