@@ -18,20 +18,21 @@ from typing import Any, Iterator, NamedTuple
 
 import torch
 
+from eval_hellaswag import evaluate_hellaswag
 from generate import sample_texts
 from gpt_model import GPT, GPTConfig
-from utils import distributed, micro_batch, plan, resume, run_dir, runtime
+from utils import distributed, micro_batch, plan, resume, run_dir, runtime, train_flags
 from utils.checkpoint import newest_model_file
 from utils.data_loader import WindowLoader
 from utils.datasets import choose_source, choose_tokenizer, fetch, open_streams
 from utils.distributed import Distributed
 from utils.divergence import SpikeFilter, stop_if_diverged
 from utils.errors import Unfinished, UserError, run_script
+from utils.hellaswag_examples import examples_for_training
 from utils.resume import Progress
 from utils.run_log import RunLog, Speedometer, format_duration, perplexity
 from utils.settings import accumulation_steps, check_model_reads, check_training_settings
 from utils.stopping import Stopped, StopSignals
-from utils.train_flags import make_parser
 
 # ------------------------------------------------------------------------------------------------------------
 # The faithful run: GPT-2 124M, 10 billion tokens (settings of GPT-3 Small, Brown et al. 2020, table 2.1).
@@ -47,6 +48,7 @@ MAX_LR, MIN_LR = 6e-4, 6e-5
 WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
 SKIP_SPIKES = 0.0  # sigmas; off
 VAL_EVERY, VAL_TOKENS = 250, 10485760
+HELLASWAG_EVERY, HELLASWAG_EXAMPLES, HELLASWAG_DIR = 250, None, None  # all of hellaswag/hellaswag_val.jsonl
 SAMPLE_EVERY, SAMPLE_PROMPT, SAMPLE_TOKENS, NUM_SAMPLES = 250, "Hello, I'm a language model,", 32, 4
 CHECKPOINT_EVERY, KEEP_CHECKPOINTS, KEEP_EVERY = 1000, 2, 5000
 TOKENIZER, SHUFFLE, SEED = "gpt2", "on", 1337
@@ -61,38 +63,22 @@ PRESETS = {
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=64, seq_len=64, micro_batch=8, total_batch_tokens=512,
         max_steps=1000, warmup_steps=100, max_lr=8e-3, min_lr=4e-4,
-        val_every=250, sample_every=500, checkpoint_every=500,
+        val_every=250, hellaswag_every=0, sample_every=500, checkpoint_every=500,
     ),
     # Characters instead of words: 65 of them make the output layer small.
     "char": dict(
         tokenizer="char", n_layer=4, n_head=4, n_embd=128, seq_len=64, micro_batch=12, total_batch_tokens=768,
         max_steps=2000, warmup_steps=100, max_lr=1e-3, min_lr=1e-4,
-        val_every=500, sample_every=1000, checkpoint_every=1000,
+        val_every=500, hellaswag_every=0, sample_every=1000, checkpoint_every=1000,
     ),
 }
 
 # fmt: on
 
 
-def read_arguments(argv: list[str] | None) -> tuple[Namespace, str]:
-    """Settings: flags over the preset over the constants. Also returns why the preset was chosen."""
-    parser = make_parser(globals(), PRESETS)
-    constants, given = parser.parse_defaults_and_given(argv)
-    reason = "--preset"
-    if "preset" not in given:
-        on_cuda = torch.cuda.is_available() and given.get("device", "auto").startswith(("auto", "cuda"))
-        has_shards = choose_source(given.get("data")).kind == "shards"
-        given["preset"] = "gpt2" if on_cuda and has_shards else "tiny"
-        reason = f"{'CUDA' if on_cuda else 'no CUDA'}, {'shards' if has_shards else 'no shards'}"
-    args = Namespace(**{**constants, **PRESETS[given["preset"]], **given})
-    if args.eval_only and "seq_len" not in given:
-        args.seq_len = None  # the block size of the model that is evaluated
-    # A run that is shortened, or cooled down, by one flag alone stays a valid one.
-    if "warmup_steps" not in given:
-        args.warmup_steps = min(args.warmup_steps, args.max_steps // 10)
-    if "min_lr" not in given:
-        args.min_lr = min(args.min_lr, args.max_lr / 10)
-    return args, reason
+def read_arguments(argv: list[str] | None = None) -> tuple[Namespace, str]:
+    """Settings: flags over the preset over the constants above. Also returns why the preset was chosen."""
+    return train_flags.read_arguments(argv, globals(), PRESETS)
 
 
 def learning_rate_for(
@@ -130,6 +116,7 @@ class Run(NamedTuple):
     spikes: SpikeFilter
     train_loader: WindowLoader
     val_loader: WindowLoader
+    hellaswag: list  # examples; empty where it is off
     micro_steps: int  # of an update
 
 
@@ -234,6 +221,10 @@ def train(run: Run, log: RunLog, progress: Progress) -> None:
                 progress.step, progress.val_loss, progress.windows * args.seq_len, progress.seconds
             )
             progress.done.append("val")
+        if run.hellaswag and progress.is_due("hella", args.hellaswag_every, last):
+            result = evaluate_hellaswag(run.model, run.hellaswag, run.dist, run.dtype, poll=poll)
+            log.hellaswag(progress.step, result.num_correct_norm, result.num_total)
+            progress.done.append("hella")
         if progress.is_due("samples", args.sample_every, last) and progress.step > 0:
             write_samples(run, log, progress.step)
             progress.done.append("samples")
@@ -310,6 +301,7 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
         spikes=SpikeFilter(args.skip_spikes),
         train_loader=WindowLoader(train_stream, *place, seed=args.seed if args.shuffle == "on" else None),
         val_loader=WindowLoader(val_stream, *place),
+        hellaswag=examples_for_training(args, tokenizer, model.config.block_size, dist),
         micro_steps=accumulation_steps(
             args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size
         ),

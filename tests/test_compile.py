@@ -29,7 +29,9 @@ SETTINGS = (
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_is_the_same_and_compiles_once(text_file, tmp_path):
-    """Losses to 1e-4 with evaluations and samples in between; after the first update no graph is compiled again."""
+    """Losses to 1e-4 with evaluations and samples in between; after the first update no graph is compiled
+    again.
+    """
     from torch._dynamo.utils import counters
 
     real_update, graphs = train_gpt.update, []

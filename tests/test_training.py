@@ -180,6 +180,45 @@ def test_fine_tuning_starts_from_the_checkpoint(finished_run, tmp_path):
     assert GPT.from_checkpoint(tmp_path / "model_00001.pt").config.n_layer == 2
 
 
+def hellaswag_folder(folder):
+    """Four made-up examples in the published form."""
+    folder.mkdir()
+    rows = [
+        {"ind": i, "activity_label": "Dog", "ctx_a": "The dog", "ctx_b": "it", "ctx": f"The dog is {word}. It", "label": i,
+         "endings": ["sleeps on.", "jumps over the fox.", "is quick and brown.", "flies away."], "split": "val"}
+        for i, word in enumerate(("lazy", "quick", "brown", "gone"))
+    ]  # fmt: skip
+    (folder / "hellaswag_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_hellaswag_in_training(text_file, tmp_path, capsys):
+    """Every so many steps and after the last, a line in the log; a subset is shown as such."""
+    flags = ("--tokenizer", "gpt2", "--max-steps", "2", "--hellaswag-every", "1", "--sample-every", "0")
+    folder = hellaswag_folder(tmp_path / "data")
+    flags += ("--hellaswag-dir", str(folder), "--hellaswag-examples", "3")
+    assert train_gpt.main(small_args(text_file, tmp_path / "log", *flags)) == 0
+    lines = [line.split() for line in (tmp_path / "log" / "log.txt").read_text().splitlines()]
+    values = [(int(step), float(value)) for step, kind, value in lines if kind == "hella"]
+    assert [step for step, _ in values] == [0, 1, 2]
+    assert all(round(3 * value, 2) in (0.0, 1.0, 2.0, 3.0) for _, value in values)
+    assert "of 3 examples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+def test_without_hellaswag_training_goes_on(tokenizer, text_file, tmp_path, capsys, monkeypatch):
+    """Data that cannot be had, or a model of characters: one warning, no line in the log, exit 0."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    flags = ("--tokenizer", tokenizer, "--max-steps", "1", "--hellaswag-every", "1", "--sample-every", "0")
+    log_dir = tmp_path / "log"
+    assert (
+        train_gpt.main(small_args(text_file, log_dir, *flags, "--hellaswag-dir", str(tmp_path / "none"))) == 0
+    )
+    assert capsys.readouterr().out.count("warning: HellaSwag is off") == 1
+    assert "hella" not in (log_dir / "log.txt").read_text()
+
+
 @pytest.mark.parametrize(
     ("step", "expected"),
     [

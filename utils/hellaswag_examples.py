@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -143,6 +144,22 @@ def load_examples(
         return [_numbered(path, row, index, tokenizer, block_size, style) for index, row in enumerate(rows)]
 
     return _all_or_none(dist, read)
+
+
+def examples_for_training(args: Namespace, tokenizer, block_size: int, dist: Distributed) -> list[Example]:
+    """What train_gpt.py's --hellaswag flags ask for; none, with one warning, where it cannot be had."""
+    if not args.hellaswag_every:
+        return []
+    say = print if dist.is_master else lambda line: None
+    if tokenizer.name == "char":
+        say("warning: HellaSwag is off: it is made of words, and this model reads characters")
+        return []
+    try:
+        limit = args.hellaswag_examples
+        return load_examples(args.hellaswag_dir, "val", limit, tokenizer, block_size, dist=dist, say=say)
+    except UserError as error:
+        say(f"warning: HellaSwag is off: {error}")
+        return []
 
 
 def _all_or_none(dist: Distributed, action: Callable[[], Any]) -> Any:

@@ -76,6 +76,13 @@ class RunLog:
         self.record("val", step=step, loss=loss, tokens=tokens, seconds=seconds)
         self.say(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity(loss)}")
 
+    def hellaswag(self, step: int, num_correct: int, num_examples: int) -> None:
+        """Writes down how often the right ending had the lowest mean token loss (completion style)."""
+        accuracy = num_correct / num_examples
+        self.result(step, "hella", accuracy)
+        self.record("hella", step=step, accuracy=accuracy, correct=num_correct, examples=num_examples)
+        self.say(f"step {step:5d} | hellaswag {accuracy:.4f} ({num_correct} of {num_examples} examples)")
+
     def update(
         self, step: int, loss: float, norm: float, lr: float, speed: Speed, skipped: int, memory: int
     ) -> None:

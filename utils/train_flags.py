@@ -5,8 +5,11 @@ Their defaults are the constants of that script, found by name: MAX_LR is --max-
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any, Mapping
+
+import torch
 
 from utils.command_line import (
     ArgumentParser,
@@ -15,6 +18,7 @@ from utils.command_line import (
     positive_float,
     positive_int,
 )
+from utils.datasets import choose_source
 from utils.runtime import DTYPES
 
 
@@ -31,6 +35,29 @@ def make_parser(constants: Mapping[str, Any], presets: Mapping[str, dict]) -> Ar
     defaults = {name.lower(): value for name, value in constants.items() if name.isupper()}
     parser.set_defaults(**{name: value for name, value in defaults.items() if name in flags})
     return parser
+
+
+def read_arguments(
+    argv: list[str] | None, constants: Mapping[str, Any], presets: Mapping[str, dict]
+) -> tuple[Namespace, str]:
+    """Settings: flags over the preset over the constants. Also returns why the preset was chosen."""
+    parser = make_parser(constants, presets)
+    defaults, given = parser.parse_defaults_and_given(argv)
+    reason = "--preset"
+    if "preset" not in given:
+        on_cuda = torch.cuda.is_available() and given.get("device", "auto").startswith(("auto", "cuda"))
+        has_shards = choose_source(given.get("data")).kind == "shards"
+        given["preset"] = "gpt2" if on_cuda and has_shards else "tiny"
+        reason = f"{'CUDA' if on_cuda else 'no CUDA'}, {'shards' if has_shards else 'no shards'}"
+    args = Namespace(**{**defaults, **presets[given["preset"]], **given})
+    if args.eval_only and "seq_len" not in given:
+        args.seq_len = None  # the block size of the model that is evaluated
+    # A run that is shortened, or cooled down, by one flag alone stays a valid one.
+    if "warmup_steps" not in given:
+        args.warmup_steps = min(args.warmup_steps, args.max_steps // 10)
+    if "min_lr" not in given:
+        args.min_lr = min(args.min_lr, args.max_lr / 10)
+    return args, reason
 
 
 def positive_int_or_auto(text: str) -> int | str:
@@ -69,6 +96,13 @@ def _add_evaluation(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation (every N steps and after the last; 0: never)").add_argument
     add("--val-every", type=non_negative_int, help="steps between validations")
     add("--val-tokens", type=positive_int, help="tokens of a validation; at most the whole split")
+    add("--hellaswag-every", type=non_negative_int, help="steps between HellaSwag evaluations")
+    add("--hellaswag-examples", type=positive_int, metavar="N", help="the first N of them; default: all")
+    add(
+        "--hellaswag-dir",
+        type=Path,
+        help="folder of hellaswag_val.jsonl; default: hellaswag/, $HELLASWAG_DIR",
+    )
     add("--sample-every", type=non_negative_int, help="steps between samples")
     add("--sample-prompt", help="what samples start with")
     add("--eval-only", action="store_true", help="val loss of --init-from or the newest checkpoint, then end")
