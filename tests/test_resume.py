@@ -562,3 +562,39 @@ def test_what_is_due_is_due_once_a_pass():
     assert not progress.is_due("val", 5, last=False)
     progress.updated(4, 0.5)
     assert (progress.step, progress.windows, progress.done) == (11, 4, [])
+
+
+@pytest.mark.slow
+def test_chaos(text_file, tmp_path):
+    """A run killed at twenty random instants, in updates, saves, evaluations and samples, ends as if nothing
+    had been.
+    """
+    import random
+
+    flags = (
+        "--max-steps",
+        "600",
+        "--checkpoint-every",
+        "4",
+        "--val-every",
+        "7",
+        "--sample-every",
+        "9",
+        "--seed",
+        "5",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = start(text_file, whole, *flags)
+    assert undisturbed.communicate(timeout=300) and undisturbed.returncode == 0
+    rng = random.Random(0)
+    for number in range(20):
+        process = start(text_file, killed, *flags, "--resume")
+        for _ in range(rng.randrange(1, 40)):  # at least one line, so that every kill is of a live run
+            process.stdout.readline()
+        time.sleep(rng.random() * 0.05)
+        assert process.poll() is None, f"complete after {number} kills: the run is too short for this test"
+        process.send_signal(rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
+        process.communicate(timeout=60)
+    last = start(text_file, killed, *flags, "--resume")
+    assert last.communicate(timeout=300) and last.returncode == 0
+    assert_same_run(killed, whole, step=600)
