@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import gpt_model
 import train_gpt
-from utils import data_loader, distributed
+from utils import checkpoint, data_loader, distributed
 from utils.errors import run_script
 
 torch.set_num_threads(1)
@@ -38,6 +39,10 @@ def watched_update(run, batches, progress):
             os._exit(0)
         if what == "hang":
             time.sleep(600)
+        if what == "nan":
+            real_loss = gpt_model.fused_cross_entropy
+            gpt_model.fused_cross_entropy = lambda *args: real_loss(*args) * float("nan")
+            return real_update(run, batches, progress)
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "sigterm": signal.SIGTERM}[what])
     return real_update(run, batches, progress)
 
@@ -64,7 +69,14 @@ def watch(folder: Path) -> None:
     torch.nn.utils.clip_grad_norm_ = clip
 
 
+def slow_saves(seconds: float) -> None:
+    """Makes rank 0 work alone for longer than the others' timeout."""
+    real_save = checkpoint.save_atomically
+    checkpoint.save_atomically = lambda *args: (time.sleep(seconds), real_save(*args))
+
+
 if __name__ == "__main__":
+    slow_saves(float(os.environ.get("SLOW_SAVE", 0)))
     train_gpt.update = watched_update
     if "WATCH" in os.environ:
         watch(Path(os.environ["WATCH"]))

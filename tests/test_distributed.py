@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import OFFLINE, ROOT
+from tests.conftest import OFFLINE, ROOT, run
 from tests.test_resume import tensors_of
 
 DRIVER = Path(__file__).with_name("ddp_driver.py")
@@ -159,6 +159,42 @@ def test_a_rank_that_hangs_is_given_up(text_file, tmp_path):
     process = torchrun(2, text_file, tmp_path, "--dist-timeout", "6", FAULT="hang@4:1")
     output = finish(process, timeout=60)
     assert process.returncode != 0 and "imed out" in output
+
+
+def test_a_loss_that_is_no_number_on_one_rank_stops_all(text_file, tmp_path):
+    """26: the message names the rank, the place in the data and its text, once; no checkpoint comes from the
+    broken step.
+    """
+    output = finish(torchrun(2, text_file, tmp_path, FAULT="nan@7:1"))
+    assert output.count("error: non-finite loss at step 7 (rank 1, micro-step 0, ") == 1, output
+    assert (
+        "text.txt position " in output
+        and "Traceback (most recent call last):\n  File" not in output.split("error: ")[0]
+    )
+    assert sorted(path.name for path in tmp_path.glob("model_*")) == ["model_00003.pt", "model_00006.pt"]
+
+
+@pytest.mark.slow
+def test_a_save_may_take_longer_than_the_timeout(text_file, tmp_path):
+    """11: the other ranks wait for rank 0's save with more patience than for each other."""
+    flags = ("--max-steps", "3", "--dist-timeout", "4")
+    finished(2, text_file, tmp_path, *flags, SLOW_SAVE="4")
+    assert (tmp_path / "model_00003.pt").exists()
+
+
+def test_a_port_that_is_taken_is_one_error(tmp_path):
+    """37: exit 1 with the address and a hint, not a traceback."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        variables = dict(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+        process = run(ROOT / "train_gpt.py", "--device", "cpu", "--log-dir", tmp_path, **variables)
+    assert process.returncode == 1
+    assert f"error: rank 0 cannot join the job at 127.0.0.1:{port}" in process.stderr
+    assert "--master_port" in process.stderr and "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize("target", ["launcher", pytest.param("one worker", marks=pytest.mark.slow)])

@@ -109,6 +109,15 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
     assert not (tmp_path / "PWNED").exists()
 
 
+def test_an_old_torch_is_warned_of(tmp_path, monkeypatch, capsys):
+    """18: below 2.10 the safe loader has known holes: a line says so for files that may be other people's."""
+    saved(tmp_path / "model_00007.pt")
+    for version, warned in (("2.5.1+cu121", True), ("2.9.0", True), ("2.10.0", False), ("2.13.0+cpu", False)):
+        monkeypatch.setattr(torch, "__version__", version)
+        load_model_file(tmp_path / "model_00007.pt")
+        assert ("known holes in weights_only" in capsys.readouterr().out) is warned
+
+
 @pytest.mark.parametrize("content", [{"a": 1}, [1, 2], {"format": "other"}])
 def test_a_foreign_file_is_no_checkpoint(tmp_path, content):
     """Other tensors in a valid archive are refused by name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from argparse import Namespace
 
 import pytest
@@ -183,11 +184,20 @@ def test_fine_tuning_starts_from_the_checkpoint(finished_run, tmp_path):
 def hellaswag_folder(folder):
     """Four made-up examples in the published form."""
     folder.mkdir()
+    endings = ["sleeps on.", "jumps over the fox.", "is quick and brown.", "flies away."]
+    words = ("lazy", "quick", "brown", "gone")
     rows = [
-        {"ind": i, "activity_label": "Dog", "ctx_a": "The dog", "ctx_b": "it", "ctx": f"The dog is {word}. It", "label": i,
-         "endings": ["sleeps on.", "jumps over the fox.", "is quick and brown.", "flies away."], "split": "val"}
-        for i, word in enumerate(("lazy", "quick", "brown", "gone"))
-    ]  # fmt: skip
+        dict(
+            ind=i,
+            activity_label="Dog",
+            ctx_a="A dog",
+            ctx_b="it",
+            ctx=f"A {word} dog. It",
+            label=i,
+            endings=endings,
+        )
+        for i, word in enumerate(words)
+    ]
     (folder / "hellaswag_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -398,3 +408,41 @@ def test_namespace_is_plain(tmp_path):
     for value in vars(train_gpt.make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])).values():
         assert isinstance(value, (int, float, str, bool, type(None), type(tmp_path)))
     assert isinstance(train_gpt.read_arguments([])[0], Namespace)
+
+
+def test_samples_of_a_broken_model_are_skipped(text_file, tmp_path, monkeypatch, capsys):
+    """28: logits that are not finite end the sampling with a line, not the run."""
+    real = train_gpt.write_samples
+
+    def broken(run, log, step):
+        weight = run.model.transformer.ln_f.weight
+        kept = weight.detach().clone()
+        weight.data.fill_(float("nan"))
+        real(run, log, step)
+        weight.data.copy_(kept)
+
+    monkeypatch.setattr(train_gpt, "write_samples", broken)
+    assert train_gpt.main(small_args(text_file, tmp_path, "--max-steps", "2", "--val-every", "0")) == 0
+    assert "generation skipped: non-finite logits" in capsys.readouterr().out
+
+
+def test_deterministic_runs_are_equal(text_file, tmp_path):
+    """31: --deterministic asks PyTorch for deterministic algorithms, and two runs have the same log."""
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, %r)\n"
+        "import torch, train_gpt; train_gpt.main(); assert torch.are_deterministic_algorithms_enabled()"
+    ) % str(ROOT)
+    for name in ("a", "b"):
+        flags = small_args(text_file, tmp_path / name, "--max-steps", "5", "--deterministic")
+        process = run("-c", code, *flags)
+        assert process.returncode == 0, process.stderr
+    assert (tmp_path / "a" / "log.txt").read_bytes() == (tmp_path / "b" / "log.txt").read_bytes()
+
+
+def test_gpt2_without_a_network_says_what_to_do(tmp_path):
+    """38, 39: weights that are not on disk and cannot be had are exit 2 with a hint, within seconds."""
+    started = time.monotonic()
+    process = run(ROOT / "generate.py", "-m", "gpt2", "-p", "x", HF_HOME=str(tmp_path))
+    assert process.returncode == 2, process.stderr
+    assert "error: cannot download " in process.stderr and "HF_HOME" in process.stderr
+    assert "Traceback" not in process.stderr and time.monotonic() - started < 60

@@ -53,6 +53,11 @@ def step_of(path: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
+def torch_version() -> tuple[int, ...]:
+    """Major and minor number of this PyTorch."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
 def versions() -> dict[str, str]:
     """What computed the weights, for the record."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
@@ -139,7 +144,7 @@ def newest_complete(log_dir: Path, say=print) -> tuple[Path, dict, dict] | None:
 
 def load_pair(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads both files of a checkpoint. Raises UserError unless both are whole and belong together."""
-    model, state = load_model_file(path), load_checked(state_path(path))
+    model, state = load_model_file(path, warn=False), load_checked(state_path(path))
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{state_path(path)} is not a checkpoint of this project", "resume from another one")
     if model.get("save_id") != state.get("save_id"):
@@ -177,8 +182,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_model_file(path: str | Path) -> dict[str, Any]:
+def load_model_file(path: str | Path, warn: bool = True) -> dict[str, Any]:
     """Reads a model file.
+
+    Args:
+        warn: print a warning where this PyTorch is known to run code from files that only pretend to be
+            plain.
 
     Returns:
         dict with model (state dict), config (dict), step, val_loss, tokenizer (state dict) and versions.
@@ -188,6 +197,11 @@ def load_model_file(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: missing, damaged, or not a checkpoint that can be read here.
     """
+    if warn and torch_version() < (2, 10):
+        print(
+            f"warning: torch {torch.__version__} has known holes in weights_only (CVE-2025-32434 below 2.6, "
+            "CVE-2026-24747 below 2.10); only load checkpoints of your own"
+        )
     content = load_checked(Path(path))
     if isinstance(content, dict) and content.get("format") == FORMAT:
         return content

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import Unfinished, UserError
 
 PATIENCE = timedelta(hours=12)  # longer than any download or checkpoint takes
 
@@ -191,7 +191,16 @@ def start(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distri
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
-    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        torch_dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch's own errors of stores and networks are RuntimeErrors
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).strip().split("\n")[0]
+        hint = "start with torchrun --standalone, or with another --master_port; can every node reach that address?"
+        raise Unfinished(
+            f"rank {rank} cannot join the job at {address} over {backend}: {reason}", hint, True
+        ) from error
     try:
         control_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         patient_group = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
