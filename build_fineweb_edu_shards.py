@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +218,11 @@ def build(args: Namespace, source: LocalFiles | HubFiles, manifest: Manifest) ->
 
     missing = list(manifest.missing())
     expected = print_plan(source, manifest, args)
-    reference = None
 
     def queue_from(position: Position, documents: int, on_tokens) -> TokenQueue:
-        nonlocal reference
-        if reference is None:
-            reference = must_use_reference(source, args.text_field, position)
-        blocks = stack.enter_context(
-            contextlib.closing(blocks_from(source, args.text_field, position, args.num_workers, reference))
-        )
+        check = partial(must_use_reference, source, args.text_field, position)
+        blocks = blocks_from(source, args.text_field, position, args.num_workers, check)
+        stack.enter_context(contextlib.closing(blocks))
         return TokenQueue(blocks, position, documents, on_tokens)
 
     for index in missing:

@@ -1,11 +1,9 @@
 """GPT-2, from scratch: the model and nothing but the model.
 
 Parameter names are those of the released checkpoints, so OpenAI's weights load with nothing but transposes.
-Sources: Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3, optimizer settings), Vaswani et al. 2017
-    (attention).
+Sources: Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3: optimizer).
 
-Shapes, one alphabet everywhere: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H),
-V vocabulary.
+Shapes, one alphabet: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
 """
 
 from __future__ import annotations
@@ -80,9 +78,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(
-            config.n_embd, 3 * config.n_embd
-        )  # queries, keys and values of all heads at once
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values at once
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.c_proj.NANOGPT_SCALE_INIT = True
         self.n_head = config.n_head
@@ -121,9 +117,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, where tokens talk to each other, then the MLP, where each thinks for itself; both added to a
-    clean residual.
-    """
+    """Attention, where tokens talk to each other, then the MLP, where each thinks alone; both add to x."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -140,11 +134,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2.
-
-    `model(idx)` gives logits, `model(idx, targets, return_logits=False)` a loss, `model.generate(idx, n)`
-    text.
-    """
+    """GPT-2: `model(idx)` gives logits, `model(idx, targets)` a loss too, `model.generate(idx, n)` tokens."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -236,18 +226,14 @@ class GPT(nn.Module):
         return total if count_positions else total - self.transformer.wpe.weight.numel()
 
     def flops_per_token(self, T: int) -> int:
-        """Floating-point operations of forward and backward: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022,
-        appendix B).
-        """
-        return (
-            6 * self.num_parameters(count_positions=False) + 12 * self.config.n_layer * self.config.n_embd * T
-        )
+        """FLOPs of forward and backward: 6 N + 12 L C T (PaLM, Chowdhery et al. 2022, appendix B)."""
+        N = self.num_parameters(count_positions=False)
+        return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
     def configure_optimizers(
         self, weight_decay: float, learning_rate: float, device_type: str, is_master_process: bool = True
     ) -> torch.optim.AdamW:
-        """AdamW as GPT-3 was trained (betas 0.9 and 0.95): matrices decay, biases and normalisation gains do
-        not.
+        """AdamW as GPT-3 was trained (betas 0.9 and 0.95): matrices decay, vectors do not.
 
         Args:
             weight_decay: of the parameters with two dimensions or more.
@@ -287,8 +273,7 @@ class GPT(nn.Module):
         cache = KeyValueCache(self.config, idx.size(0), room, self.lm_head.weight) if use_cache else None
         for _ in range(max_new_tokens):
             if context.size(1) > block_size:
-                # Positions are absolute, so a full cache cannot slide: start again from the last half of the
-                # block.
+                # Positions are absolute, so a full cache cannot slide: start again from half a block.
                 context = context[:, -max(1, block_size // 2) :]
                 if cache is not None:
                     cache.length = 0
@@ -393,9 +378,7 @@ def sample_token(
 
 
 def fused_adamw_runs_on(device_type: str) -> bool:
-    """Whether this PyTorch has AdamW's fused kernel for the device: CUDA since 2.0, CPU since 2.4, MPS since
-    2.5.
-    """
+    """Whether this PyTorch has AdamW's fused kernel: on CUDA since 2.0, on CPUs since 2.4, on MPS since 2.5."""
     if "fused" not in inspect.signature(torch.optim.AdamW).parameters:
         return False
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])

@@ -203,26 +203,21 @@ def write_samples(run: Run, log: RunLog, step: int) -> None:
 
 def train(run: Run, log: RunLog, progress: Progress) -> None:
     """MAX_STEPS updates, and one more pass for the last evaluation and the last checkpoint."""
-    args, poll = run.args, run.stop.poll
+    args, dist, poll = run.args, run.dist, run.stop.poll
     windows_per_step = args.total_batch_tokens // args.seq_len
     batches = run.train_loader.train_batches(progress.windows, windows_per_step)
     flops = run.model.flops_per_token(args.seq_len) * args.total_batch_tokens
-    peak = runtime.peak_flops(run.dist.device)
-    speedometer = Speedometer(
-        args.total_batch_tokens, args.max_steps, flops, peak and peak * run.dist.world_size
-    )
+    peak = runtime.peak_flops(dist.device, dist.world_size)
+    speedometer = Speedometer(args.total_batch_tokens, args.max_steps, flops, peak)
     while True:
         last = progress.step == args.max_steps
         if progress.is_due("val", args.val_every, last):
-            progress.val_loss = evaluate(
-                run.model, run.val_loader, args.val_tokens, run.dist, run.dtype, poll
-            )
-            log.validation(
-                progress.step, progress.val_loss, progress.windows * args.seq_len, progress.seconds
-            )
+            progress.val_loss = evaluate(run.model, run.val_loader, args.val_tokens, dist, run.dtype, poll)
+            tokens = progress.windows * args.seq_len
+            log.validation(progress.step, progress.val_loss, tokens, progress.seconds)
             progress.done.append("val")
         if run.hellaswag and progress.is_due("hella", args.hellaswag_every, last):
-            result = evaluate_hellaswag(run.model, run.hellaswag, run.dist, run.dtype, poll=poll)
+            result = evaluate_hellaswag(run.model, run.hellaswag, dist, run.dtype, poll=poll)
             log.hellaswag(progress.step, result.num_correct_norm, result.num_total)
             progress.done.append("hella")
         if progress.is_due("samples", args.sample_every, last) and progress.step > 0:
@@ -237,20 +232,11 @@ def train(run: Run, log: RunLog, progress: Progress) -> None:
         started = time.perf_counter()  # the clock covers the update and nothing else
         loss, norm, lr = update(run, batches, progress)
         speed = speedometer.measure(progress.step, time.perf_counter() - started)
-        log.update(
-            progress.step,
-            loss,
-            norm,
-            lr,
-            speed,
-            run.spikes.num_skipped,
-            runtime.peak_memory_bytes(run.dist.device),
-        )
+        memory = runtime.peak_memory_bytes(dist.device)
+        log.update(progress.step, loss, norm, lr, speed, run.spikes.num_skipped, memory)
         progress.updated(windows_per_step, speed.seconds)
     if not saved:
-        raise Unfinished(
-            "the final checkpoint could not be saved", "make room on the disk, then run with --resume"
-        )
+        raise Unfinished("the final checkpoint could not be saved", "make room on the disk, then --resume")
 
 
 def load_model_and_data(args: Namespace, dist: Distributed):
@@ -260,7 +246,7 @@ def load_model_and_data(args: Namespace, dist: Distributed):
         (model, tokenizer, train stream, val stream, why this data).
     """
     model = GPT.load(args.init_from, dist.device) if args.init_from else None
-    tokenizer_state = model.tokenizer_state if model else {"name": choose_tokenizer(args.tokenizer)}
+    tokenizer_state = model.tokenizer_state if model else {"name": choose_tokenizer(args.tokenizer, dist)}
     args.seq_len = args.seq_len or model.config.block_size
     source = fetch(choose_source(args.data), dist)
     tokenizer, train_stream, val_stream = open_streams(source, tokenizer_state, args.seq_len, dist)
@@ -282,6 +268,7 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
         args.micro_batch, reasons["micro-batch"] = micro_batch.choose(args, model, dist, dtype.value, usual)
     trained_model = dist.wrap(torch.compile(model) if compiles.value else model)
     optimizer = model.configure_optimizers(args.weight_decay, args.max_lr, dist.device.type, dist.is_master)
+    micro_steps = accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size)
     place = (args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
     reasons["data"] = f"{train_stream.name} ({why}), tokenizer {tokenizer.name}"
     reasons["numerics"] = (
@@ -302,9 +289,7 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
         train_loader=WindowLoader(train_stream, *place, seed=args.seed if args.shuffle == "on" else None),
         val_loader=WindowLoader(val_stream, *place),
         hellaswag=examples_for_training(args, tokenizer, model.config.block_size, dist),
-        micro_steps=accumulation_steps(
-            args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size
-        ),
+        micro_steps=micro_steps,
     )
 
 
@@ -313,7 +298,7 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
     args, dist, started = run.args, run.dist, time.perf_counter()
     progress = Progress()
     warnings = resume.begin(run, progress)
-    if progress.step >= args.max_steps:
+    if progress.is_complete(args, bool(run.hellaswag)):
         if dist.is_master:
             print(f"already complete: {args.max_steps} steps, the model is in {args.log_dir}")
         return 0
@@ -326,9 +311,8 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
             train(run, log, progress)
         except Stopped as stop:
             if not resume.save(run, log, progress):
-                raise Unfinished(
-                    f"received {stop.name}, and the checkpoint could not be saved", "--resume"
-                ) from stop
+                hint = "make room on the disk; --resume goes on from the checkpoint before"
+                raise Unfinished(f"received {stop.name}, but could not save", hint) from stop
             where = f"saved {args.log_dir} at step {progress.step}"
             log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
             return stop.exit_code
@@ -363,13 +347,10 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
     """`--eval-only`: prints val loss and perplexity of --init-from, or of the newest checkpoint."""
     args.init_from = args.init_from or newest_model_file(args.log_dir)
     if args.init_from is None:
-        raise UserError(
-            f"no checkpoint in {args.log_dir} to evaluate", "name one: --eval-only --init-from gpt2"
-        )
+        raise UserError(f"no checkpoint in {args.log_dir} to evaluate", "name one with --init-from")
     dtype = runtime.choose_dtype(args.dtype, dist.device).value
-    args.micro_batch = (
-        8 if args.micro_batch == "auto" else args.micro_batch
-    )  # without gradients, little to gain
+    if args.micro_batch == "auto":
+        args.micro_batch = 8  # without gradients there is little to gain
     model, _, _, val_stream, _ = load_model_and_data(args, dist)
     loader = WindowLoader(val_stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
     loss = evaluate(model, loader, args.val_tokens, dist, dtype)

@@ -19,7 +19,7 @@ import torch
 
 import train_gpt
 from tests.conftest import OFFLINE, ROOT, run
-from utils import checkpoint, run_dir
+from utils import checkpoint, resume, run_dir
 from utils.divergence import WINDOW, SpikeFilter
 from utils.errors import Diverged, Unfinished, UserError
 from utils.resume import Progress
@@ -57,18 +57,24 @@ def undisturbed(text_file, tmp_path_factory) -> Path:
     return log_dir
 
 
+def home_of(name: str):
+    """The module through which the loop calls a function."""
+    return resume if name == "save" else train_gpt
+
+
 def kill_in(monkeypatch, name: str, when) -> None:
     """Kills the run inside the function `name` of the training script, the first time `when(arguments)`
     holds.
     """
-    real = getattr(train_gpt, name)
+    module = home_of(name)
+    real = getattr(module, name)
 
     def deadly(*args, **kwargs):
         if when(args):
             raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_gpt, name, deadly)
+    monkeypatch.setattr(module, name, deadly)
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -153,7 +159,8 @@ def test_resume_without_a_checkpoint_is_a_fresh_start(text_file, undisturbed, tm
 
 def stop_by_signal_in(monkeypatch, name: str, number: int, at_call: int) -> None:
     """Sends this process a signal at the start of a function of the training script."""
-    real, calls = getattr(train_gpt, name), []
+    module = home_of(name)
+    real, calls = getattr(module, name), []
 
     def signalled(*args, **kwargs):
         calls.append(1)
@@ -161,7 +168,7 @@ def stop_by_signal_in(monkeypatch, name: str, number: int, at_call: int) -> None
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_gpt, name, signalled)
+    monkeypatch.setattr(module, name, signalled)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +178,7 @@ def stop_by_signal_in(monkeypatch, name: str, number: int, at_call: int) -> None
         ("update", signal.SIGINT, 9, 130),
         ("update", signal.SIGUSR1, 17, 143),
         ("evaluate", signal.SIGTERM, 3, 143),
+        ("evaluate", signal.SIGTERM, 6, 143),  # after the last update: what is left is the last evaluation
         ("write_samples", signal.SIGTERM, 2, 143),
         ("save", signal.SIGTERM, 2, 143),
     ],

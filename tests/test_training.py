@@ -15,6 +15,7 @@ from gpt_model import GPT
 from tests.conftest import ROOT, run
 from utils.errors import Diverged, UserError
 from utils.settings import accumulation_steps, check_training_settings
+from utils.train_flags import make_parser
 
 SMALL = (
     *(
@@ -292,7 +293,7 @@ def test_every_flag_is_read_somewhere():
     sources = "".join(
         p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py")]
     )
-    for name in vars(train_gpt.make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])):
+    for name in vars(make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])):
         assert re.search(rf"\bargs\.{name}\b", sources) or name == "preset", name
 
 
@@ -405,7 +406,7 @@ def test_evaluation_is_exact_for_any_micro_batch():
 
 def test_namespace_is_plain(tmp_path):
     """Settings survive JSON: every value of the parser is plain or a path."""
-    for value in vars(train_gpt.make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])).values():
+    for value in vars(make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])).values():
         assert isinstance(value, (int, float, str, bool, type(None), type(tmp_path)))
     assert isinstance(train_gpt.read_arguments([])[0], Namespace)
 

@@ -87,8 +87,6 @@ class BatchEncoder:
 
     def __init__(self, exact_only: bool = False):
         self.exact_only = exact_only
-        self.reference = gpt2_encoding()
-        self.fast = None if exact_only else plain_encoding()
 
     def encode(self, documents: Sequence[str]) -> np.ndarray:
         """Tokens of all documents in order, 1-D uint16, an <|endoftext|> before each."""
@@ -117,16 +115,15 @@ class BatchEncoder:
         return ids[ids != CUT_ID].astype(np.uint16)
 
     def _ids(self, marked: str) -> np.ndarray:
-        if hasattr(self.fast, "encode_to_numpy"):
-            return self.fast.encode_to_numpy(marked, allowed_special=MARKS, disallowed_special=())
+        encoding = plain_encoding()
+        if hasattr(encoding, "encode_to_numpy"):
+            return encoding.encode_to_numpy(marked, allowed_special=MARKS, disallowed_special=())
         # tiktoken below 0.8
-        return np.array(
-            self.fast.encode(marked, allowed_special=set(MARKS), disallowed_special=()), np.uint32
-        )
+        return np.array(encoding.encode(marked, allowed_special=set(MARKS), disallowed_special=()), np.uint32)
 
     def _encode_one_by_one(self, documents: Sequence[str]) -> np.ndarray:
         arrays = [
-            np.array([END_OF_TEXT_ID, *self.reference.encode_ordinary(text)], dtype=np.uint16)
+            np.array([END_OF_TEXT_ID, *gpt2_encoding().encode_ordinary(text)], dtype=np.uint16)
             for text in documents
         ]
         return np.concatenate(arrays)

@@ -24,10 +24,11 @@ def parts() -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    choice = ArgumentParser(prog="python -m utils.benchmark", description="Measures one part of the project.")
-    choice.add_argument("part", choices=parts(), help="what to measure; its own flags follow, see PART --help")
+    choice = ArgumentParser(prog="python -m utils.benchmark", description="Measures a part of the project.")
+    choice.add_argument("part", choices=parts(), help="what to measure; its flags follow, see PART --help")
     part = choice.parse_args(argv[:1]).part
-    module = importlib.import_module(f"utils.benchmark_{part}")  # only this one: others may need more packages
+    # Only this one is imported: another may need a package that is not installed.
+    module = importlib.import_module(f"utils.benchmark_{part}")
     description = (module.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=f"python -m utils.benchmark {part}", description=description)
     module.add_arguments(parser)
@@ -37,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}", "give --json another file") from error
+            what = f"cannot write {args.json}: {error.strerror}"
+            raise UserError(what, "give --json another file") from error
     return 0
 
 

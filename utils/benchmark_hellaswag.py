@@ -45,7 +45,11 @@ def add_arguments(parser) -> None:
 
 @torch.no_grad()
 def score_padded_rows(
-    model: GPT, rows: Sequence[dict[str, Any]], dtype: torch.dtype = torch.float32, style: str = "completion"
+    model: GPT,
+    rows: Sequence[dict[str, Any]],
+    dtype: torch.dtype = torch.float32,
+    style: str = "completion",
+    tokenizer=None,
 ) -> np.ndarray:
     """The reference: summed losses (len(rows), 4), by one forward pass of four padded rows with all logits
     a time.
@@ -54,7 +58,7 @@ def score_padded_rows(
         rows: of the data set, not tokenized yet: this loop has always done that as it goes.
     """
     device = model.lm_head.weight.device
-    tokenizer = GPT2Tokenizer()
+    tokenizer = tokenizer or GPT2Tokenizer()
     loss_sum = np.empty((len(rows), NUM_ENDINGS))
     for number, row in enumerate(rows):
         _, tokens, mask, _ = render_multiple_choice_tensors(row, tokenizer, model.config.block_size, style)
@@ -66,11 +70,12 @@ def score_padded_rows(
 
 
 def score_trees(
-    model: GPT, examples: Sequence[Example], dtype: torch.dtype = torch.float32, batch_tokens: int | None = None
+    model: GPT,
+    examples: Sequence[Example],
+    dtype: torch.dtype = torch.float32,
+    batch_tokens: int | None = None,
 ) -> np.ndarray:
-    """The same numbers, (len(examples), 4), as the evaluation gets them. Examples are numbered by their
-    index.
-    """
+    """The same numbers, (len(examples), 4), as the evaluation gets them; example i must have index i."""
     dist = Distributed(model.lm_head.weight.device)
     loss_sum = np.empty((len(examples), NUM_ENDINGS))
     for batch, losses in score_examples(model, examples, dtype, batch_tokens, dist):
@@ -96,23 +101,8 @@ def choose_rows(rows: Sequence[dict[str, Any]], count: int, group: int = 8) -> l
     return chosen
 
 
-def run(args) -> dict[str, Any]:
-    """Prints a line a round, then medians, ratio, memory, and whether the losses agree. Returns the
-    figures.
-    """
-    device = choose_device(args.device).value
-    dtype = choose_dtype(args.dtype, device).value
-    rows = choose_rows(
-        read_rows(find_or_download(choose_directory(args.hellaswag_dir), "val"), "val"), args.examples
-    )
-    examples = [make_example(row, i, GPT2Tokenizer(), args.block_size) for i, row in enumerate(rows)]
-    torch.manual_seed(1337)
-    sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size)
-    model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **sizes)).to(device).eval()
-    print(
-        f"{model.num_parameters():,} random parameters, {len(rows)} examples, {str(dtype)[6:]} on "
-        f"{device_name(device)}"
-    )
+def measure_in_turns(model: GPT, rows, examples, dtype: torch.dtype, args) -> dict[str, Any]:
+    """Runs both `args.rounds` times. Returns medians, memory, and how far their losses are apart."""
 
     def measure(score, *arguments) -> tuple[float, np.ndarray]:
         started = time.perf_counter()
@@ -120,41 +110,60 @@ def run(args) -> dict[str, Any]:
         return len(rows) / (time.perf_counter() - started), loss_sum
 
     measure(score_trees, examples, dtype, args.batch_tokens)
-    our_memory = peak_memory_bytes(device)  # before the padded loop runs: on a CPU the peak never falls
-    measure(score_padded_rows, rows[:1], dtype)
-    padded, ours, ratios = [], [], []
+    # Before the padded loop runs: of a process on a CPU only the highest memory so far is known.
+    memory = peak_memory_bytes(model.lm_head.weight.device)
+    score_padded_rows(model, rows[:1], dtype)
+    padded, trees = [], []
     for number in range(args.rounds):
         speed, expected = measure(score_padded_rows, rows, dtype)
         padded.append(speed)
         speed, found = measure(score_trees, examples, dtype, args.batch_tokens)
-        ours.append(speed)
-        ratios.append(speed / padded[-1])
+        trees.append(speed)
         print(
-            f"round {number + 1}: padded {padded[-1]:8.2f} examples/s, trees {speed:8.2f}, {ratios[-1]:.2f}x",
+            f"round {number + 1}: padded {padded[-1]:.2f} examples/s, trees {trees[-1]:.2f}, "
+            f"{trees[-1] / padded[-1]:.2f}x",
             flush=True,
         )
     divisors = np.stack([example.divisors for example in examples])
-    difference = float(np.abs((expected - found) / divisors).max())
-    same = int(((expected / divisors).argmin(axis=1) == (found / divisors).argmin(axis=1)).sum())
-    figures = {
-        "device": device_name(device),
-        "dtype": str(dtype)[6:],
+    expected, found = expected / divisors, found / divisors
+    return {
+        "padded_examples_per_second": statistics.median(padded),
+        "examples_per_second": statistics.median(trees),
+        "ratio": statistics.median(ours / theirs for ours, theirs in zip(trees, padded)),
+        "peak_memory_bytes": memory,
+        "largest_difference": float(np.abs(expected - found).max()),
+        "same_predictions": int((expected.argmin(axis=1) == found.argmin(axis=1)).sum()),
+    }
+
+
+def run(args) -> dict[str, Any]:
+    """Prints a line a round, then medians, ratio, memory, and whether the losses agree. Returns them all."""
+    device = choose_device(args.device).value
+    dtype = choose_dtype(args.dtype, device).value
+    path = find_or_download(choose_directory(args.hellaswag_dir), "val")
+    rows = choose_rows(read_rows(path, "val"), args.examples)
+    examples = [make_example(row, i, GPT2Tokenizer(), args.block_size) for i, row in enumerate(rows)]
+    torch.manual_seed(1337)
+    sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size)
+    model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **sizes)).to(device).eval()
+    setting = {
         "parameters": model.num_parameters(),
         "examples": len(rows),
         "rounds": args.rounds,
-        "padded_examples_per_second": statistics.median(padded),
-        "examples_per_second": statistics.median(ours),
-        "ratio": statistics.median(ratios),
-        "peak_memory_bytes": our_memory,
-        "largest_difference_of_mean_loss": difference,
-        "same_predictions": same,
-        "losses_agree": bool(difference < AGREE),
+        "dtype": str(dtype)[6:],
+        "device": device_name(device),
     }
+    print(", ".join(f"{name} {value}" for name, value in setting.items()))
+    figures = measure_in_turns(model, rows, examples, dtype, args)
+    agree = figures["largest_difference"] < AGREE
     print(
-        f"median of {args.rounds}: padded {figures['padded_examples_per_second']:.2f} examples/s, trees "
-        f"{figures['examples_per_second']:.2f}, {figures['ratio']:.2f}x; trees' peak memory {our_memory / 1e9:.2f} GB\n"
-        f"mean losses differ by at most {difference:.1e} "
-        f"({'equal to rounding' if figures['losses_agree'] else f'more than {AGREE:g}'}), "
-        f"same prediction on {same} of {len(rows)}"
+        f"medians: padded {figures['padded_examples_per_second']:.2f} examples/s, trees "
+        f"{figures['examples_per_second']:.2f}, ratio {figures['ratio']:.2f}; peak memory of trees "
+        f"{figures['peak_memory_bytes'] / 1e9:.2f} GB"
     )
-    return figures
+    print(
+        f"mean losses {'agree' if agree else 'DISAGREE'}: largest difference "
+        f"{figures['largest_difference']:.1e} (limit {AGREE:g} in float32), same prediction on "
+        f"{figures['same_predictions']} of {len(rows)}"
+    )
+    return {**setting, **figures, "losses_agree": agree}

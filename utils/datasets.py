@@ -68,10 +68,11 @@ def fetch(source: Source, dist: Distributed) -> Source:
     return Source("pydoc", None, source.reason + ", no network: the documentation inside Python")
 
 
-def choose_tokenizer(requested: str) -> str:
+def choose_tokenizer(requested: str, dist: Distributed) -> str:
     """ "gpt2" or "char": GPT-2's BPE needs tiktoken; without it characters must do, with a warning."""
     if requested == "gpt2" and not tiktoken_is_installed():
-        print("warning: tiktoken is not installed, training on characters instead (pip install tiktoken)")
+        if dist.is_master:
+            print("warning: tiktoken is not installed, training on characters instead (pip install tiktoken)")
         return "char"
     return requested
 

@@ -34,8 +34,8 @@ PUBLISHED_GPT2 = {
 
 # The two conventions in words, for whoever reads a number.
 STYLES = {
-    "completion": "text as it is; acc_norm: lowest mean loss per token, acc: lowest summed loss",
-    "lm-eval": "lm-evaluation-harness's wording; acc_norm: lowest loss per character, acc: lowest summed loss",
+    "completion": "text as it is; acc_norm: lowest mean loss per token, acc: summed",
+    "lm-eval": "text cleaned as by lm-evaluation-harness; acc_norm: lowest loss per character, acc: summed",
 }
 
 
@@ -106,7 +106,7 @@ def _temporary(path: Path) -> Path:
 
 
 def write_results(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON line an example, in file order; the file appears when it is complete.
+    """One JSON line a record; the file appears when it is complete.
 
     Raises:
         UserError: the file cannot be written.
@@ -114,7 +114,7 @@ def write_results(path: Path, records: Sequence[dict[str, Any]]) -> None:
     temporary = _temporary(path)
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            for record in sorted(records, key=lambda record: record["index"]):
+            for record in records:
                 file.write(json.dumps(record) + "\n")
         os.replace(temporary, path)
     except OSError as error:

@@ -62,9 +62,10 @@ def estimate_memory(
     ):  # low-precision copies of the weights live from the forward pass to the end of the backward pass
         activations += itemsize * num_parameters
     loss = loss_bytes(config, B * T, itemsize, device_type)
-    # Last of all the embedding gets a gradient of its own; its sum with the output layer's is a third tensor.
+    # Last of all the embedding gets a gradient of its own. It, the output layer's, and their sum exist at one
+    # time; in the first micro-step the sum becomes the gradient itself.
     embedding = FLOAT32 * config.vocab_size * config.n_embd
-    backward = 2 * embedding
+    backward = (3 if micro_steps > 1 else 2) * embedding
     held = parameters + optimizer
     during_loss = activations + loss + (gradients if micro_steps > 1 else 0)
     peak = held + max(during_loss, gradients + backward)

@@ -6,6 +6,7 @@ python -m utils.plotting log other_run/log --out compare.png
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,10 @@ HELLASWAG_REFERENCES = {
     "GPT-2 124M": PUBLISHED_GPT2["completion"]["gpt2"].acc_norm,
     "GPT-3 124M": 0.337,  # Brown et al. 2020, table H.1
 }
+TOKEN_UNITS = ((10**9, "billion training tokens"), (10**6, "million training tokens"), (1, "training tokens"))
+TIME_UNITS = ((3600, "hours of updates"), (60, "minutes of updates"), (1, "seconds of updates"))
+LONGEST_LABEL = 30  # characters of a run's name in a legend
+SKIPPED_PART = 0.06  # of a run's validations: not what the loss axis of a comparison is scaled to
 
 
 def smoothed(values: list[float], memory: float = 0.95) -> list[float]:
@@ -82,7 +87,7 @@ def _draw_references(axis) -> None:
     """Dashed lines at the accuracies of GPT-2 and GPT-3."""
     for name, accuracy in HELLASWAG_REFERENCES.items():
         axis.axhline(accuracy, color="gray", linestyle="--", linewidth=1)
-        place = dict(xycoords=("axes fraction", "data"), va="bottom", color="gray")
+        place = dict(xycoords=("axes fraction", "data"), va="top", color="gray")
         axis.annotate(f"{name} {accuracy:.4f}", (0.005, accuracy), **place)
     axis.set_ylabel("HellaSwag accuracy")
 
@@ -128,24 +133,42 @@ def plot_comparison(log_dirs: Sequence[Path], path: Path) -> Path:
     figure = Figure(figsize=(12, 8) if has_hellaswag else (15, 4.6), layout="constrained")
     axes = figure.subplots(*((2, 2) if has_hellaswag else (1, 3))).flatten()
     vals = {log_dir: _val_records(log_dir, curves) for log_dir, curves in logs.items()}
-    longest = max((r["seconds"] for records in vals.values() for r in records if "seconds" in r), default=0)
-    unit, unit_name = next(u for u in ((3600, "hours"), (60, "minutes"), (1, "seconds")) if longest >= 2 * u[0]
-                           or u[0] == 1)  # fmt: skip
     _draw_vals(axes[0], vals, "step", 1, "step")
-    _draw_vals(axes[1], vals, "tokens", 1, "training tokens")
-    _draw_vals(axes[2], vals, "seconds", unit, f"{unit_name} of updates")
+    _draw_vals(axes[1], vals, "tokens", *_unit(vals, "tokens", TOKEN_UNITS))
+    _draw_vals(axes[2], vals, "seconds", *_unit(vals, "seconds", TIME_UNITS))
     if has_hellaswag:
-        for number, (log_dir, curves) in enumerate(logs.items()):
-            if "hella" in curves:
-                axes[3].plot(*curves["hella"], color=f"C{number}", marker="o", markersize=3, label=str(log_dir))
-        _draw_references(axes[3])
-        axes[3].set_xlabel("step")
+        _draw_hellaswag(axes[3], logs)
     for axis in axes:
         axis.grid(alpha=0.3)
     try:
         return save_picture(figure, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "give --out a file you can write") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}", "give --out a file you can write"
+        ) from error
+
+
+def _unit(vals: dict, key: str, units: Sequence[tuple[int, str]]) -> tuple[int, str]:
+    """The largest unit of which the longest run has at least two, and its name."""
+    longest = max((r.get(key, 0) for records in vals.values() for r in records), default=0)
+    return next((unit for unit in units if longest >= 2 * unit[0]), units[-1])
+
+
+def _draw_hellaswag(axis, logs: dict) -> None:
+    """One line for each run that was evaluated, and the published accuracies."""
+    for number, (log_dir, curves) in enumerate(logs.items()):
+        if "hella" in curves:
+            style = dict(color=f"C{number}", marker="o", markersize=3)
+            axis.plot(*curves["hella"], label=_short(log_dir), **style)
+    _draw_references(axis)
+    axis.set_xlabel("step")
+    axis.legend(loc="lower right")
+
+
+def _short(log_dir: Path) -> str:
+    """A directory's name for a legend: the end of a long one, which is where names differ."""
+    name = str(log_dir)
+    return name if len(name) <= LONGEST_LABEL else "..." + name[3 - LONGEST_LABEL :]
 
 
 def _val_records(log_dir: Path, curves: dict) -> list[dict]:
@@ -154,20 +177,31 @@ def _val_records(log_dir: Path, curves: dict) -> list[dict]:
     log.txt decides: it is what a resumed run cuts back and what people copy around.
     """
     known = {r["step"]: r for r in read_metrics(log_dir / "metrics.jsonl") if r["kind"] == "val"}
-    return [{**known.get(step, {}), "step": step, "loss": loss} for step, loss in zip(*curves.get("val", ((), ())))]
+    return [
+        {**known.get(step, {}), "step": step, "loss": loss}
+        for step, loss in zip(*curves.get("val", ((), ())))
+    ]
 
 
 def _draw_vals(axis, vals: dict, key: str, unit: float, label: str) -> None:
-    """One line for each run: val loss against `key`, divided by `unit`."""
+    """One line for each run: val loss against `key`, divided by `unit`.
+
+    The axis ends above what came after the first steep part, where runs differ by less than the line's width.
+    """
+    later: list[float] = []
     for number, (log_dir, records) in enumerate(vals.items()):
         points = [(r[key] / unit, r["loss"]) for r in records if key in r]
         if points:
-            name = f"{log_dir} (last {points[-1][1]:.4f})"
+            name = f"{_short(log_dir)} (last {points[-1][1]:.4f})"
             axis.plot(*zip(*points), color=f"C{number}", marker="o", markersize=3, label=name)
+            later += [loss for _, loss in points[math.ceil(SKIPPED_PART * len(points)) :]]
     axis.set_xlabel(label)
     axis.set_ylabel("val loss (nats per token)")
     if axis.lines:
         axis.legend()
+    if later:
+        room = 0.08 * (max(later) - min(later)) + 0.01
+        axis.set_ylim(min(later) - room, max(later) + room)
 
 
 # ------------------------------------------------------------------------------------------------------------

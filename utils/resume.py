@@ -6,6 +6,7 @@ Bitwise on the same machine, PyTorch version, number of ranks and threads, in ea
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ class Progress:
     def is_due(self, what: str, every: int, last: bool) -> bool:
         """Whether something happens in this pass: every so many steps, and after the last; 0 is never."""
         return every > 0 and (self.step % every == 0 or last) and what not in self.done
+
+    def is_complete(self, args: Namespace, with_hellaswag: bool) -> bool:
+        """Whether the last update is done and everything that is due after it."""
+        everies = {
+            "val": args.val_every,
+            "hella": args.hellaswag_every * with_hellaswag,
+            "samples": args.sample_every,
+        }
+        due = any(self.is_due(what, every, last=True) for what, every in everies.items())
+        return self.step > args.max_steps or (self.step == args.max_steps and not due)
 
     def updated(self, num_windows: int, seconds: float) -> None:
         """An update on `num_windows` windows, which took `seconds`, is complete: the next pass begins."""

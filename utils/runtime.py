@@ -172,7 +172,8 @@ def choose_compile(requested: str, device: torch.device) -> Decision:
 def keep_freed_memory() -> None:
     """Lets this process reuse the pages of freed tensors instead of giving them back after every one.
 
-    glibc maps each large block anew and unmaps it when it is freed; on a CPU the page faults of that cost a third
+    glibc maps each large block anew and unmaps it when it is freed; on a CPU the page faults of that cost a
+    third
     of a small model's step. Elsewhere than on Linux with glibc this does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
@@ -217,14 +218,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense half-precision peak in FLOP/s of a known GPU, else None: an unknown device has no MFU, never a
-    guess.
-    """
+def peak_flops(device: torch.device, num_devices: int = 1) -> float | None:
+    """Dense half-precision peak in FLOP/s of so many GPUs of a known kind; None for others: no guess."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b{pattern}", name)), None)
+    peaks = [peak for pattern, peak in PEAK_FLOPS.items() if re.search(rf"\b{pattern}", name)]
+    return peaks[0] * num_devices if peaks else None
 
 
 def peak_memory_bytes(device: torch.device) -> int:

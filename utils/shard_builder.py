@@ -15,7 +15,7 @@ from utils.shard_format import write_shard
 from utils.token_feed import TokenQueue
 
 SMALL_VAL_PART = 0.01  # of a corpus that does not fill two shards
-SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 200, 200_000  # compared with tiktoken's own ids before each build
+SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 100, 100_000  # compared with tiktoken's own ids before each build
 
 
 def must_use_reference(source, text_field: str, position: Position) -> bool:

@@ -18,7 +18,7 @@ from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 
-from utils.batch_encoder import END_OF_TEXT_ID, BatchEncoder
+from utils.batch_encoder import END_OF_TEXT_ID, BatchEncoder, plain_encoding
 from utils.corpus import Part, Position, parts_from, read_documents
 from utils.errors import Unfinished, UserError
 
@@ -55,14 +55,10 @@ def tokenize_part(encoder: BatchEncoder, part: Part, text_field: str) -> np.ndar
     return tokens[1:] if documents.continues else tokens  # only a document's start has an <|endoftext|>
 
 
-_encoder: BatchEncoder | None = None  # of a worker process, built once
-
-
-def _start_worker(exact_only: bool) -> None:
-    global _encoder
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    _encoder = BatchEncoder(exact_only)
+    plain_encoding()  # the one that every part needs
 
 
 def _leave_with_parent() -> None:
@@ -71,22 +67,26 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _work(part: Part, text_field: str) -> np.ndarray | Failure:
+def _work(part: Part, text_field: str, exact_only: bool) -> np.ndarray | Failure:
     try:
-        return tokenize_part(_encoder, part, text_field)
+        return tokenize_part(BatchEncoder(exact_only), part, text_field)
     except UserError as error:
         return Failure(str(error), error.hint)
 
 
 def blocks_from(
-    source, text_field: str, position: Position, num_workers: int, exact_only: bool = False
+    source,
+    text_field: str,
+    position: Position,
+    num_workers: int,
+    exact_only: Callable[[], bool] = lambda: False,
 ) -> Iterator[Block]:
     """Tokens of the corpus in order, from the part at `position` on (the caller leaves out `position.skip`).
 
     Args:
         source: LocalFiles or HubFiles.
         num_workers: processes; with 1 this process does the work itself.
-        exact_only: see BatchEncoder.
+        exact_only: whether to, see BatchEncoder; called once, while the workers start.
 
     Raises:
         UserError: input that cannot be read.
@@ -94,21 +94,22 @@ def blocks_from(
     """
     parts = parts_from(source, text_field, position)
     if num_workers == 1:
-        encoder = BatchEncoder(exact_only)
+        encoder = BatchEncoder(exact_only())
         for part in parts:
             yield Block(part.file, part.start, part.stop, tokenize_part(encoder, part, text_field))
         return
-    pool = ProcessPoolExecutor(
-        num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(exact_only,)
-    )
+    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     waiting: deque[tuple[Part, Future]] = deque()
     try:
+        for _ in range(num_workers):
+            pool.submit(num_cores)  # any call: a worker starts when there is work for it
+        exact = exact_only()
         while True:
             while len(waiting) < AHEAD_PER_WORKER * num_workers:
                 part = next(parts, None)
                 if part is None:
                     break
-                waiting.append((part._replace(data=None), pool.submit(_work, part, text_field)))
+                waiting.append((part._replace(data=None), pool.submit(_work, part, text_field, exact)))
             if not waiting:
                 return
             part, future = waiting.popleft()
