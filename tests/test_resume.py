@@ -19,7 +19,7 @@ import torch
 
 import train_gpt
 from tests.conftest import OFFLINE, ROOT, run
-from utils import checkpoint, resume, run_dir
+from utils import checkpoint, resume, run_dir, run_log
 from utils.divergence import WINDOW, SpikeFilter
 from utils.errors import Diverged, Unfinished, UserError
 from utils.resume import Progress
@@ -36,6 +36,12 @@ TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps on.\n" * 16
 
 class Killed(BaseException):
     """Ends a run in this process as abruptly as SIGKILL ends a process: nothing catches it."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than the run, and test_files.py draws."""
+    monkeypatch.setattr(run_log, "plot_run", lambda log_dir: None)
 
 
 @pytest.fixture(scope="module")

@@ -430,9 +430,9 @@ def test_samples_of_a_broken_model_are_skipped(text_file, tmp_path, monkeypatch,
 def test_deterministic_runs_are_equal(text_file, tmp_path):
     """31: --deterministic asks PyTorch for deterministic algorithms, and two runs have the same log."""
     code = (
-        "import sys; from pathlib import Path; sys.path.insert(0, %r)\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train_gpt; train_gpt.main(); assert torch.are_deterministic_algorithms_enabled()"
-    ) % str(ROOT)
+    )
     for name in ("a", "b"):
         flags = small_args(text_file, tmp_path / name, "--max-steps", "5", "--deterministic")
         process = run("-c", code, *flags)
