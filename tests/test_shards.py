@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import http.server
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +17,9 @@ import pytest
 from build_fineweb_edu_shards import main
 from tests.conftest import OFFLINE, ROOT, run
 from utils.batch_encoder import BatchEncoder, agrees_with_reference
-from utils.corpus import LocalFiles, Position, parts_from, read_documents
+from utils.corpus import LocalFiles, Position
 from utils.download import sha256_of
 from utils.errors import Unfinished, UserError
-from utils.manifest import Manifest
 from utils.shard_format import find_shards
 from utils.token_feed import Block, TokenQueue, blocks_from
 from utils.tokenizer import gpt2_encoding
@@ -395,208 +391,3 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
     assert "Traceback" not in result.stderr
     assert not list(out.glob(".*.tmp")) and not shards_of(out)
     assert run(*arguments).returncode == 0
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a.jsonl:3: not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x", "id": 1}\n', r":2: no text .*'text' \(found body, id\)"),
-        ("a.jsonl", b'{"text": null}\n', r"a.jsonl:1: .*NoneType"),
-        ("a.jsonl", b'["x"]\n', r"a.jsonl:1: list \(expected an object\)"),
-        ("a.jsonl", b'{"text": "\xe9"}\n', r"a.jsonl:1: not JSON: 'utf-8'"),
-        ("a.jsonl", b"", r"a.jsonl is empty"),
-        ("a.jsonl", b"\n \n", r"no documents"),
-        ("a.txt", b"caf\xe9", r"byte 0xe9 at offset 3 is not UTF-8"),
-        ("a.txt", b" \n\n", r"no documents"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"x": 1}'), r"a.jsonl.gz:2: no text"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], r"cannot read .*a.jsonl.gz"),
-        ("a.parquet", b"PAR1 not really", r"is not a parquet file"),
-        ("a.doc", b"x", r"is no corpus file \(expected .parquet"),
-    ],
-)  # fmt: skip
-def test_bad_input_is_named_with_its_place(tmp_path, name, content, message):
-    """File, line or byte, what was expected and what was found."""
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        build(tmp_path / "out", tmp_path / name)
-
-
-def test_bad_lines_are_counted_across_parts(tmp_path, monkeypatch):
-    """The line number is that of the file, not of the part, also from a worker process."""
-    monkeypatch.setattr("utils.corpus.PART_BYTES", 100)
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "some words"}\n' * 50 + "{\n")
-    with pytest.raises(UserError, match="a.jsonl:51: not JSON"):
-        list(blocks_from(LocalFiles([path]), "text", Position(), 2))
-
-
-def test_a_missing_column_and_a_null_are_named(tmp_path):
-    """With the columns that are there, and the row of the null."""
-    path = write_parquet(tmp_path / "a.parquet", ["x", "y"])
-    with pytest.raises(UserError, match=r"no column 'body' \(found id, text\)"):
-        build(tmp_path / "out", path, **{"text-field": "body"})
-    with pytest.raises(UserError, match=r"'id' holds int64"):
-        build(tmp_path / "out", path, **{"text-field": "id"})
-    path = write_parquet(tmp_path / "b.parquet", ["x"] * 9 + [None])
-    part = list(parts_from(LocalFiles([path]), "text", Position()))[-1]
-    with pytest.raises(UserError, match="row 9"):
-        read_documents(part, "text")
-
-
-def test_globs_folders_and_folders_that_cannot_be_used(tmp_path):
-    """Inputs in the order given, sorted within; no such file, no such folder and foreign shards end in 2."""
-    (tmp_path / "in").mkdir()
-    for name in ("b.txt", "a.txt", "c.txt"):
-        (tmp_path / "in" / name).write_text(f"text of {name}")
-    build(tmp_path / "out", tmp_path / "in" / "c.txt", tmp_path / "in", **{"shard-tokens": 3})
-    expected = expected_tokens([f"text of {name}" for name in ("c.txt", "a.txt", "b.txt")])
-    assert np.array_equal(tokens_of(tmp_path / "out"), expected)
-    with pytest.raises(UserError, match="no such file"):
-        build(tmp_path / "out", tmp_path / "*.none")
-    with pytest.raises(UserError, match="cannot write to output dir"):
-        build(Path("/dev/null/out"), tmp_path / "in")
-    (tmp_path / "out" / "manifest.json").unlink()
-    with pytest.raises(UserError, match="no manifest.json"):
-        build(tmp_path / "out", tmp_path / "in")
-    with pytest.raises(UserError, match="more than a shard"):
-        build(tmp_path / "new", tmp_path / "in", **{"shard-tokens": 3, "val-tokens": 4})
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The hub, on loopback
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The few addresses of the hub that a build asks for. `trouble`: what to do wrong, request by request."""
-
-    protocol_version = "HTTP/1.1"
-    files: dict[str, bytes] = {}
-    trouble: list[str] = []
-    requests: list[str] = []
-    commit = "a" * 40
-
-    def answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self.requests.append(f"{self.command} {self.path}")
-        trouble = self.trouble.pop(0) if self.trouble else ""
-        if trouble == "drop":
-            self.close_connection = True
-            self.connection.close()
-        elif trouble:
-            self.answer(int(trouble), b"trouble")
-        elif self.path.startswith("/api/datasets/some/data"):
-            self.answer(200, json.dumps(self.info()).encode(), Content_Type="application/json")
-        elif self.path.startswith(f"/datasets/some/data/resolve/{self.commit}/"):
-            name = self.path.split(self.commit + "/")[1]
-            self.answer(200, self.files[name], ETag=f'"{name}"', X_Repo_Commit=self.commit)
-        else:
-            self.answer(404, b"")
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
-        entries = [
-            {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-            for name, data in self.files.items()
-        ]
-        self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
-
-    def info(self) -> dict:
-        configs = [{"config_name": "small", "data_files": [{"split": "train", "path": "sample/S/*"}]}]
-        return {
-            "id": "some/data",
-            "sha": self.commit,
-            "siblings": [{"rfilename": name} for name in [*self.files, "README.md"]],
-            "cardData": {"configs": configs},
-        }
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """A data set of three files, one outside the subset, and a function that builds from it in a child."""
-    pytest.importorskip("huggingface_hub")
-    documents = make_documents(90)
-    Hub.trouble, Hub.requests, Hub.files = [], [], {}
-    for name, start in (("sample/S/001.parquet", 30), ("sample/S/000.parquet", 0), ("other/000.parquet", 60)):
-        Hub.files[name] = write_parquet(tmp_path / "f.parquet", documents[start : start + 30]).read_bytes()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    # Waits are cut short in the child: the client's own add up to half a minute.
-    code = "import sys, time; real = time.sleep; time.sleep = lambda s: real(min(s, 0.01)); "
-    code += "import build_fineweb_edu_shards as b; sys.exit(b.run_script(b.main))"
-
-    def start(*flags: object, **environment: str) -> subprocess.CompletedProcess:
-        settings = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            **environment,
-        }
-        common = ["--dataset", "some/data", "--subset", "small", "--shard-tokens", 2000, "--num-workers", 1]
-        return run("-c", code, *common, "--output-dir", tmp_path / "out", *flags, **settings)
-
-    yield start, documents[:60], tmp_path / "out"
-    server.shutdown()
-    server.server_close()
-
-
-def test_the_hubs_files_come_in_order_through_hiccups(hub):
-    """429, 503 and dropped connections are waited out; the revision is pinned; the rerun asks for nothing."""
-    start, documents, out = hub
-    Hub.trouble = ["429", "", "503", "drop", ""]
-    result = start()
-    assert result.returncode == 0, result.stderr
-    assert np.array_equal(tokens_of(out), expected_tokens(documents))
-    source = Manifest.load(out).settings["source"]
-    assert source["revision"] == Hub.commit
-    assert [name for name, _ in source["files"]] == ["sample/S/000.parquet", "sample/S/001.parquet"]
-    Hub.requests.clear()
-    assert "nothing to do" in start().stdout
-    assert not Hub.requests
-
-
-def test_a_lasting_failure_keeps_progress_and_the_rerun_completes(hub):
-    """The second file fails for good: exit 1 and what to do; offline, what is in the cache is used."""
-    start, documents, out = hub
-    assert start("--max-shards", 2).returncode == 0
-    progress = checksums(out)
-    Hub.trouble = ["503"] * 500
-    result = start()
-    assert result.returncode == 1, result.stderr
-    assert "error: the hub keeps failing" in result.stderr and "run the same command again" in result.stderr
-    assert progress.items() <= {**checksums(out), "manifest.json": progress["manifest.json"]}.items()
-    Hub.trouble = []
-    result = start()
-    assert result.returncode == 0, result.stderr
-    assert np.array_equal(tokens_of(out), expected_tokens(documents))
-
-
-def test_without_a_network_or_a_data_set_the_error_says_so(hub):
-    """Offline and dead connections: 2 with a hint; so do a data set or subset that is not there."""
-    start, _, out = hub
-    started = time.perf_counter()
-    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
-        result = start(**environment)
-        assert result.returncode == 2, result.stderr
-        assert "no network" in result.stderr and "hint: run once where" in result.stderr
-    assert time.perf_counter() - started < 60
-    assert "cannot get some/none" in start("--dataset", "some/none").stderr
-    assert "its subsets: small" in start("--subset", "large").stderr
-    assert not shards_of(out)
