@@ -3,7 +3,7 @@
 Parameter names are those of the released checkpoints, so OpenAI's weights load with nothing but transposes.
 Sources: Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3: optimizer).
 
-Shapes, one alphabet: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
 """
 
 from __future__ import annotations
@@ -378,7 +378,7 @@ def sample_token(
 
 
 def fused_adamw_runs_on(device_type: str) -> bool:
-    """Whether this PyTorch has AdamW's fused kernel: on CUDA since 2.0, on CPUs since 2.4, on MPS since 2.5."""
+    """Whether AdamW's fused kernel is there: on CUDA since torch 2.0, on CPUs since 2.4, on MPS since 2.5."""
     if "fused" not in inspect.signature(torch.optim.AdamW).parameters:
         return False
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])

@@ -18,8 +18,8 @@ from build_fineweb_edu_shards import main
 from tests.conftest import OFFLINE, ROOT, run
 from utils.batch_encoder import BatchEncoder, agrees_with_reference
 from utils.corpus import LocalFiles, Position
-from utils.download import sha256_of
 from utils.errors import Unfinished, UserError
+from utils.files import sha256_of
 from utils.shard_format import find_shards
 from utils.token_feed import Block, TokenQueue, blocks_from
 from utils.tokenizer import gpt2_encoding

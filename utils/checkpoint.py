@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from utils.errors import UserError
+from utils.files import sync_folder
 from utils.foreign_checkpoints import conversion_command, convert, is_foreign
 
 FORMAT, VERSION = "minigpt-ckpt", 1
@@ -169,17 +170,6 @@ def save_atomically(content: dict[str, Any], path: Path) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries, so that a rename survives a power cut. Windows has no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_model_file(path: str | Path, warn: bool = True) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def start(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distri
     except (RuntimeError, ValueError) as error:  # torch's own errors of stores and networks are RuntimeErrors
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().split("\n")[0]
-        hint = "start with torchrun --standalone, or with another --master_port; can every node reach that address?"
+        hint = "use torchrun --standalone, or another --master_port; can every node reach that address?"
         raise Unfinished(
             f"rank {rank} cannot join the job at {address} over {backend}: {reason}", hint, True
         ) from error

@@ -19,8 +19,8 @@ from torch import Tensor
 
 IGNORE_INDEX = -100  # F.cross_entropy's default: a row with this target counts for nothing
 
-# Rows of logits that exist at one time. On a CPU the buffer should stay small (256 x 50304 floats are 51 MB), but
-# still fewer rows make the matrix products less efficient; a GPU needs larger products to be busy.
+# Rows of logits that exist at one time. On a CPU the buffer should stay small (256 x 50304 floats are 51 MB),
+# though fewer rows make the matrix products less efficient; a GPU needs larger products to be busy.
 CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
 
 

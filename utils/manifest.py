@@ -14,9 +14,9 @@ from typing import Any, Iterator
 import numpy as np
 
 from utils.corpus import Position
-from utils.download import sha256_of
 from utils.errors import UserError
-from utils.shard_format import find_shards, read_header, shard_name, sync_folder, temporary_name
+from utils.files import sha256_of, sync_folder
+from utils.shard_format import find_shards, read_header, shard_name, temporary_name
 
 FILE_NAME = "manifest.json"
 FORMAT, VERSION = "minigpt-shards", 1

@@ -16,6 +16,7 @@ from typing import Iterable, NamedTuple
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import sync_folder
 
 REBUILD_HINT = "rebuild it: delete the file and run build_fineweb_edu_shards.py again, or copy it once more"
 DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
@@ -141,14 +142,3 @@ def remove_unfinished(folder: Path) -> list[str]:
         path.unlink()
         names.append(path.name)
     return names
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries, so that a rename survives a power cut. Windows has no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
