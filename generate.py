@@ -157,6 +157,14 @@ def main(argv: list[str] | None = None) -> int:
         )
     model = GPT.load(source, device).eval()
     tokenizer = tokenizer_from_state(model.tokenizer_state)
+    try:
+        return continue_prompts(model, tokenizer, args)
+    except FloatingPointError as error:
+        raise UserError(f"{source}: {error}", "its weights are broken: use an earlier checkpoint") from error
+
+
+def continue_prompts(model: GPT, tokenizer, args) -> int:
+    """The work of the script, for whatever gives the prompts."""
     if args.prompt is None and sys.stdin.isatty():
         chat_at_terminal(model, tokenizer, args)
         return 0

@@ -70,7 +70,8 @@ class KeyValueCache:
         end = self.length + k.size(2)
         self.buffer[layer, 0, :, :, self.length : end] = k
         self.buffer[layer, 1, :, :, self.length : end] = v
-        return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
+        # Under autocast keys and values come in a lower dtype than the weights: they leave as they came.
+        return self.buffer[layer, 0, :, :, :end].to(k.dtype), self.buffer[layer, 1, :, :, :end].to(v.dtype)
 
 
 class CausalSelfAttention(nn.Module):
@@ -367,7 +368,8 @@ def sample_token(
     ids = None
     if top_k < logits.size(-1) or top_p is not None:
         logits, ids = logits.topk(top_k, dim=-1)
-    probs = F.softmax(logits / temperature, dim=-1)
+    # Shifted first, so that dividing by a tiny temperature gives -inf at worst, never inf - inf.
+    probs = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if top_p is not None:
         before = (
             probs.cumsum(dim=-1) - probs

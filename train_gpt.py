@@ -21,7 +21,7 @@ import torch
 from eval_hellaswag import evaluate_hellaswag
 from generate import sample_texts
 from gpt_model import GPT, GPTConfig
-from utils import distributed, micro_batch, plan, resume, run_dir, runtime, train_flags
+from utils import distributed, micro_batch, on_track, plan, resume, run_dir, runtime, train_flags
 from utils.checkpoint import newest_model_file
 from utils.data_loader import WindowLoader
 from utils.datasets import choose_source, choose_tokenizer, fetch, open_streams
@@ -29,6 +29,7 @@ from utils.distributed import Distributed
 from utils.divergence import SpikeFilter, stop_if_diverged
 from utils.errors import Unfinished, UserError, run_script
 from utils.hellaswag_examples import examples_for_training
+from utils.report import write_report
 from utils.resume import Progress
 from utils.run_log import RunLog, Speedometer, format_duration, perplexity
 from utils.settings import accumulation_steps, check_model_reads, check_training_settings
@@ -52,7 +53,7 @@ HELLASWAG_EVERY, HELLASWAG_EXAMPLES, HELLASWAG_DIR = 250, None, None  # all of h
 SAMPLE_EVERY, SAMPLE_PROMPT, SAMPLE_TOKENS, NUM_SAMPLES = 250, "Hello, I'm a language model,", 32, 4
 CHECKPOINT_EVERY, KEEP_CHECKPOINTS, KEEP_EVERY = 1000, 2, 5000
 TOKENIZER, SHUFFLE, SEED = "gpt2", "on", 1337
-DIST_TIMEOUT = 600  # seconds
+DIST_TIMEOUT, DRY_RUN_STEPS = 600, 5  # seconds; micro-steps
 LOG_DIR = Path(__file__).resolve().parent / "log"
 
 # fmt: off
@@ -173,7 +174,7 @@ def update(run: Run, batches: Iterator, progress: Progress) -> tuple[float, floa
     lr = learning_rate_for(progress.step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    if run.spikes.accepts(norm):
+    if not math.isfinite(norm) or run.spikes.accepts(norm):  # in fp16 the scaler skips overflows by itself
         run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -209,12 +210,14 @@ def train(run: Run, log: RunLog, progress: Progress) -> None:
     flops = run.model.flops_per_token(args.seq_len) * args.total_batch_tokens
     peak = runtime.peak_flops(dist.device, dist.world_size)
     speedometer = Speedometer(args.total_batch_tokens, args.max_steps, flops, peak)
+    faithful = on_track.is_faithful_recipe(args, run.model.config, run.train_loader.stream.fingerprint())
     while True:
         last = progress.step == args.max_steps
         if progress.is_due("val", args.val_every, last):
             progress.val_loss = evaluate(run.model, run.val_loader, args.val_tokens, dist, run.dtype, poll)
             tokens = progress.windows * args.seq_len
-            log.validation(progress.step, progress.val_loss, tokens, progress.seconds)
+            verdict = on_track.verdict(progress.step, progress.val_loss, faithful)
+            log.validation(progress.step, progress.val_loss, tokens, progress.seconds, verdict)
             progress.done.append("val")
         if run.hellaswag and progress.is_due("hella", args.hellaswag_every, last):
             result = evaluate_hellaswag(run.model, run.hellaswag, dist, run.dtype, poll=poll)
@@ -302,12 +305,13 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
         if dist.is_master:
             print(f"already complete: {args.max_steps} steps, the model is in {args.log_dir}")
         return 0
-    dist.settle_gradient_buckets(run.trained_model, run.model, args.micro_batch, args.seq_len)
     with RunLog(args.log_dir, dist.is_master, args.max_steps, progress.step) as log:
         for line in plan.describe(run, reasons) + warnings:
             log.say(line)
         log.record("run", step=progress.step, **plan.record(run, reasons))
         try:
+            autocast = runtime.autocast(dist.device, run.dtype)
+            dist.settle_gradient_buckets(run.trained_model, args.micro_batch, args.seq_len, autocast)
             train(run, log, progress)
         except Stopped as stop:
             if not resume.save(run, log, progress):
@@ -318,9 +322,11 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
             return stop.exit_code
         except micro_batch.OutOfMemory as error:
             raise micro_batch.out_of_memory(args.micro_batch, progress.step) from error
+        if dist.is_master:
+            write_report(args.log_dir)
         memory = runtime.peak_memory_bytes(dist.device) / 1e9
         log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
-        log.say(f"in {args.log_dir}/: log.txt, metrics.jsonl, samples.txt, curves.png, model_*.pt")
+        log.say(f"in {args.log_dir}/: log.txt, metrics.jsonl, samples.txt, curves.png, report.md, model_*.pt")
         newest = newest_model_file(args.log_dir)
         log.say(f'sample from it: python generate.py -m {newest} -p "{args.sample_prompt}"')
     return 0
@@ -339,15 +345,34 @@ def main(argv: list[str] | None = None) -> int:
             "preset": f"{args.preset} ({preset_reason})",
             "device": f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}",
         }
+        if args.dry_run:
+            return dry_run(set_up(args, dist, StopSignals(dist), reasons), reasons)
         with StopSignals(dist) as stop, run_dir.reserved(args.log_dir, dist):
             return run_to_the_end(set_up(args, dist, stop, reasons), reasons)
+
+
+def dry_run(run: Run, reasons: dict[str, str]) -> int:
+    """`--dry-run`: says what the run would be, with the speed of a few real micro-steps; writes nothing."""
+    seconds = []
+    batches = run.train_loader.train_batches(0, run.args.total_batch_tokens // run.args.seq_len)
+    for _ in range(DRY_RUN_STEPS):
+        started = time.perf_counter()
+        with runtime.autocast(run.dist.device, run.dtype):
+            _, loss = run.trained_model(*next(batches), return_logits=False)
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    lines = plan.dry_run_lines(run, sorted(seconds)[DRY_RUN_STEPS // 2], run.args.cost_per_hour)
+    if run.dist.is_master:
+        print("\n".join([*plan.describe(run, reasons), *lines]))
+    return 0
 
 
 def report_val_loss(args: Namespace, dist: Distributed) -> int:
     """`--eval-only`: prints val loss and perplexity of --init-from, or of the newest checkpoint."""
     args.init_from = args.init_from or newest_model_file(args.log_dir)
     if args.init_from is None:
-        raise UserError(f"no checkpoint in {args.log_dir} to evaluate", "name one with --init-from")
+        raise UserError(f"no checkpoint in {args.log_dir} to evaluate", "name one with --init-from", True)
     dtype = runtime.choose_dtype(args.dtype, dist.device).value
     if args.micro_batch == "auto":
         args.micro_batch = 8  # without gradients there is little to gain

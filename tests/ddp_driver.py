@@ -72,7 +72,7 @@ def watch(folder: Path) -> None:
 def slow_saves(seconds: float) -> None:
     """Makes rank 0 work alone for longer than the others' timeout."""
     real_save = checkpoint.save_atomically
-    checkpoint.save_atomically = lambda *args: (time.sleep(seconds), real_save(*args))
+    checkpoint.save_atomically = lambda contents: (time.sleep(seconds), real_save(contents))
 
 
 if __name__ == "__main__":

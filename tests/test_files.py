@@ -58,7 +58,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(OSError):
-        save_atomically({"a": 1}, path)
+        save_atomically({path: {"a": 1}})
     assert path.read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model_00007.pt", "optimizer_00007.pt"]
 
@@ -69,7 +69,7 @@ def test_a_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, m
     real_fsync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), real_replace(a, b)))
-    save_atomically({"a": 1}, tmp_path / "x.pt")
+    save_atomically({tmp_path / "x.pt": {"a": 1}})
     assert calls == ["fsync", "replace", "fsync"]
 
 

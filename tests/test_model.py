@@ -246,3 +246,13 @@ def test_generating_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     model.generate(torch.zeros(1, 1, dtype=torch.long), 3, generator=torch.Generator().manual_seed(5))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_sampling_works_under_autocast_and_at_tiny_temperatures():
+    """The cache gives back the dtype that autocast computes in; a temperature near zero is greedy."""
+    model = tiny_model()
+    prompt = torch.randint(0, 97, (1, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(prompt, 4).shape == (1, 8)
+    greedy = model.generate(prompt, 6, temperature=0.0)
+    assert torch.equal(model.generate(prompt, 6, temperature=1e-39), greedy)

@@ -295,6 +295,35 @@ while True:
 """
 
 
+def test_saving_a_step_again_keeps_the_pair_together(text_file, stopped_run, monkeypatch):
+    """1, 20: when the second file cannot be written, neither is replaced, and the old pair still resumes."""
+    real, calls = torch.save, []
+
+    def second_fails(content, file):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(content, file)
+
+    monkeypatch.setattr(torch, "save", second_fails)
+    model, state = checkpoint.load_pair(stopped_run / "model_00009.pt")
+    with pytest.raises(OSError):
+        checkpoint.save_pair(stopped_run, 9, model, state)
+    path, again, _ = checkpoint.newest_complete(stopped_run)
+    assert path.name == "model_00009.pt" and again["save_id"] == model["save_id"]
+    assert not list(stopped_run.glob(".*.tmp-*"))
+
+
+def test_the_twin_is_no_model(stopped_run, text_file):
+    """An optimizer file given as a model is an error of the user's, for --resume as well."""
+    for call in (
+        lambda: checkpoint.load_model_file(stopped_run / "optimizer_00009.pt"),
+        lambda: train(text_file, stopped_run, "--resume", str(stopped_run / "optimizer_00009.pt")),
+    ):
+        with pytest.raises(UserError, match="not a checkpoint"):
+            call()
+
+
 @pytest.mark.slow
 def test_a_save_killed_at_any_moment_leaves_whole_files(tmp_path):
     """1: a process that saves over its own files, killed twelve times: every file is the old one or the new
@@ -458,11 +487,11 @@ def test_a_full_disk_ends_no_run_but_a_failed_last_save_does(text_file, tmp_path
     """20: a warning with free and needed space, tried again at the next save; exit 1 only after the last."""
     real, calls = checkpoint.save_atomically, []
 
-    def full(content, path):
-        calls.append(path.name)
+    def full(contents):
+        calls.append(contents)
         if len(calls) <= 2:
             raise OSError(28, "No space left on device")
-        real(content, path)
+        real(contents)
 
     monkeypatch.setattr(checkpoint, "save_atomically", full)
     assert train(text_file, tmp_path / "a") == 0
@@ -473,7 +502,7 @@ def test_a_full_disk_ends_no_run_but_a_failed_last_save_does(text_file, tmp_path
     )
     calls.clear()
 
-    def always(content, path):
+    def always(contents):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_atomically", always)

@@ -315,6 +315,7 @@ def test_preset_char_is_small():
         (["--n-embd", "100"], "not a multiple of --n-head 12"),
         (["--warmup-steps", "20000"], "--warmup-steps 20000 is more than --max-steps 19073"),
         (["--min-lr", "1"], "--min-lr 1 is above --max-lr 0.0006"),
+        (["--seed", "5000000000"], "--seed 5000000000 is not below 2..32"),
     ],
 )
 def test_settings_that_do_not_fit_are_named_with_their_numbers(arguments, message):
@@ -447,3 +448,30 @@ def test_gpt2_without_a_network_says_what_to_do(tmp_path):
     assert process.returncode == 2, process.stderr
     assert "error: cannot download " in process.stderr and "HF_HOME" in process.stderr
     assert "Traceback" not in process.stderr and time.monotonic() - started < 60
+
+
+def test_a_dry_run_says_what_the_run_would_take_and_writes_nothing(text_file, tmp_path, capsys):
+    """--dry-run: decisions, arithmetic, disk, memory, time and money; no file, no folder."""
+    flags = ("--max-steps", "1000", "--dry-run", "--cost-per-hour", "20")
+    assert train_gpt.main(small_args(text_file, tmp_path / "log", *flags)) == 0
+    out = capsys.readouterr().out
+    for start in (
+        "device: ",
+        "model: ",
+        "train: ",
+        "batch: ",
+        "checkpoints: ",
+        "memory: ",
+        "time: ",
+        "cost: ",
+    ):
+        assert f"\n{start}" in out, start
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_finished_run_has_a_report(finished_run):
+    """report.md names the final val loss of the log and shows the picture."""
+    _, log_dir, _ = finished_run
+    last_val = (log_dir / "log.txt").read_text().splitlines()[-1].split()[2]
+    report = (log_dir / "report.md").read_text()
+    assert last_val in report and "curves.png" in report

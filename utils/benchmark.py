@@ -24,13 +24,13 @@ def parts() -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    choice = ArgumentParser(prog="python -m utils.benchmark", description="Measures a part of the project.")
+    choice = ArgumentParser(prog="-m utils.benchmark", description="Measures a part of the project.")
     choice.add_argument("part", choices=parts(), help="what to measure; its flags follow, see PART --help")
     part = choice.parse_args(argv[:1]).part
     # Only this one is imported: another may need a package that is not installed.
     module = importlib.import_module(f"utils.benchmark_{part}")
     description = (module.__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog=f"python -m utils.benchmark {part}", description=description)
+    parser = ArgumentParser(prog=f"-m utils.benchmark {part}", description=description)
     module.add_arguments(parser)
     args = parser.parse_args(argv[1:])
     figures = module.run(args)

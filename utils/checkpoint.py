@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.distributed import environment_rank
 from utils.errors import UserError
 from utils.files import sync_folder
 from utils.foreign_checkpoints import conversion_command, convert, is_foreign
@@ -96,8 +97,7 @@ def save_pair(log_dir: Path, step: int, model: dict[str, Any], state: dict[str, 
     """
     head = {"format": FORMAT, "version": VERSION, "save_id": uuid.uuid4().hex}
     path = model_path(log_dir, step)
-    save_atomically({**head, **state}, state_path(path))
-    save_atomically({**head, **model}, path)
+    save_atomically({state_path(path): {**head, **state}, path: {**head, **model}})
     return path
 
 
@@ -155,21 +155,27 @@ def load_pair(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, state
 
 
-def save_atomically(content: dict[str, Any], path: Path) -> None:
-    """torch.save to a temporary name, flushed to the disk and read back, then renamed over `path`."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:
+    """torch.save of several files to temporary names, flushed and read back; only then renamed, in order.
+
+    Saving a step again therefore never leaves one file of the new pair beside one of the old.
+    """
+    temporary = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in contents}
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        damaged = zipfile.ZipFile(temporary).testzip()
-        if damaged is not None:
-            raise OSError(f"{temporary} came back damaged from the disk ({damaged})")
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        for path, content in contents.items():
+            with open(temporary[path], "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            damaged = zipfile.ZipFile(temporary[path]).testzip()
+            if damaged is not None:
+                raise OSError(f"{temporary[path]} came back damaged from the disk ({damaged})")
+        for path in contents:
+            os.replace(temporary[path], path)
+            sync_folder(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in contents:
+            temporary[path].unlink(missing_ok=True)
 
 
 def load_model_file(path: str | Path, warn: bool = True) -> dict[str, Any]:
@@ -187,13 +193,13 @@ def load_model_file(path: str | Path, warn: bool = True) -> dict[str, Any]:
     Raises:
         UserError: missing, damaged, or not a checkpoint that can be read here.
     """
-    if warn and torch_version() < (2, 10):
+    if warn and environment_rank() == 0 and torch_version() < (2, 10):
         print(
             f"warning: torch {torch.__version__} has known holes in weights_only (CVE-2025-32434 below 2.6, "
             "CVE-2026-24747 below 2.10); only load checkpoints of your own"
         )
     content = load_checked(Path(path))
-    if isinstance(content, dict) and content.get("format") == FORMAT:
+    if isinstance(content, dict) and content.get("format") == FORMAT and "config" in content:
         return content
     if is_foreign(content):
         return convert(content, Path(path))

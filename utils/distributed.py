@@ -112,6 +112,8 @@ class Distributed:
                 value = function()
             except UserError as raised:
                 error = (str(raised), raised.hint)
+            except OSError as raised:
+                error = (str(raised), "is the disk full, or its file system unable to do this?")
         value, error = self.broadcast((value, error))
         if error is not None:
             raise UserError(*error)
@@ -144,7 +146,7 @@ class Distributed:
             model, device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=25
         )
 
-    def settle_gradient_buckets(self, trained_model: nn.Module, model: nn.Module, B: int, T: int) -> None:
+    def settle_gradient_buckets(self, trained_model: nn.Module, B: int, T: int, autocast) -> None:
         """One backward pass whose gradients are thrown away, before the first step of every run.
 
         After its first exchange DDP rebuilds its buckets in the order in which gradients arrive, and sums in
@@ -154,8 +156,10 @@ class Distributed:
         if self.is_alone:
             return
         zeros = torch.zeros(B, T, dtype=torch.long, device=self.device)
-        trained_model(zeros, zeros, return_logits=False)[1].backward()
-        model.zero_grad(set_to_none=True)
+        with autocast:
+            _, loss = trained_model(zeros, zeros, return_logits=False)
+        loss.backward()
+        trained_model.zero_grad(set_to_none=True)
 
     def exchange_gradients(self, model: nn.Module, now: bool):
         """Context for forward *and* backward of a micro-step: gradients are exchanged only where `now` is
@@ -189,6 +193,11 @@ def start(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distri
     if not 0 <= rank < world_size:
         raise UserError(f"RANK={rank} but WORLD_SIZE={world_size}", "start with torchrun")
     if device.type == "cuda":
+        local_rank, local_size = environment_local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device.index != local_rank and local_size > 1 and torch.cuda.device_count() > 1:
+            raise UserError(
+                f"process {local_rank} of {local_size} was given {device}", "use --device cuda", True
+            )
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"

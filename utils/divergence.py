@@ -9,6 +9,7 @@ from collections import deque
 
 from torch import Tensor
 
+from utils.checkpoint import newest_model_file
 from utils.errors import Diverged
 
 WINDOW = 128  # accepted norms that a new one is compared with
@@ -84,7 +85,8 @@ def stop_if_diverged(
     scaling = run.scaler.is_enabled()
     if math.isfinite(loss) and (math.isfinite(norm) or (scaling and run.scaler.get_scale() >= 1)):
         return
-    hint = "lower --max-lr, lengthen --warmup-steps, or use --dtype float32; then --resume"
+    last_good = newest_model_file(run.args.log_dir) or "none yet"
+    hint = f"lower --max-lr or use --dtype float32, then --resume; last good checkpoint: {last_good}"
     if math.isfinite(loss):
         raise Diverged(f"non-finite gradient norm at step {step} (loss {loss:.4f}, norm {norm})", hint)
     bad = [i for i, value in enumerate(losses) if not math.isfinite(value.item())]

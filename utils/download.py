@@ -25,7 +25,8 @@ def download(
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        with urllib.request.urlopen(url, timeout=timeout_seconds) as response, open(part, "wb") as file:
+        opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
+        with opener.open(url, timeout=timeout_seconds) as response, open(part, "wb") as file:
             for chunk in iter(lambda: response.read(CHUNK_BYTES), b""):
                 file.write(chunk)
         found_bytes, found_sha256 = part.stat().st_size, sha256_of(part)

@@ -98,13 +98,13 @@ def num_checkpoints(args) -> tuple[int, int]:
 def checkpoints_line(run) -> str:
     """Bytes that checkpoints will take beside what is free. While one is written, there is one more pair."""
     models, pairs = num_checkpoints(run.args)
-    size = 4 * run.model.num_parameters()  # float32; Adam's two moments take twice as much
-    need = (models + 1) * size + (pairs + 1) * 2 * size
+    model = 4 * run.model.num_parameters()  # float32; Adam's two moments take twice as much
+    need = (models + 1) * model + (pairs + 1) * 2 * model
     folder = next(path for path in (run.args.log_dir, *run.args.log_dir.resolve().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     line = (
-        f"checkpoints: model {gigabytes(size)} + optimizer {gigabytes(2 * size)}; {models} models and "
-        f"{pairs} optimizers stay, at most {gigabytes(need)} at one time; free {gigabytes(free)}"
+        f"checkpoints: model {in_words(model)} + optimizer {in_words(2 * model)}; {models} models and "
+        f"{pairs} optimizers stay, at most {in_words(need)} at one time; free {in_words(free)}"
     )
     return line if need <= free else f"warning: {line}: not enough"
 
@@ -112,10 +112,10 @@ def checkpoints_line(run) -> str:
 def memory_line(estimate: MemoryEstimate) -> str:
     """The estimate of one process, term by term."""
     return (
-        f"memory: about {gigabytes(estimate.peak)} a process (parameters {gigabytes(estimate.parameters)}, "
-        f"gradients {gigabytes(estimate.gradients)}, optimizer {gigabytes(estimate.optimizer)}, "
-        f"activations {gigabytes(estimate.activations)}, loss {gigabytes(estimate.loss)}; "
-        "not all of them at one time)"
+        f"memory: about {in_words(estimate.peak)} a process (parameters {in_words(estimate.parameters)}, "
+        f"gradients {in_words(estimate.gradients)}, optimizer {in_words(estimate.optimizer)}, "
+        f"activations {in_words(estimate.activations)}, loss {in_words(estimate.loss)}, "
+        f"allocator's rests {in_words(estimate.unused)}; not all of them at one time)"
     )
 
 
@@ -135,5 +135,6 @@ def speed_line(run, seconds_per_micro_step: float) -> str:
     )
 
 
-def gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB"
+def in_words(num_bytes: float) -> str:
+    """`1.49 GB`, or `12.3 MB` where that says more."""
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import free_space, load_pair, model_content, newest_complete, prune, save_pair, versions
+from utils.checkpoint import (
+    free_space,
+    load_pair,
+    model_content,
+    model_files,
+    newest_complete,
+    prune,
+    save_pair,
+    versions,
+)
 from utils.distributed import Distributed, restart_count
 from utils.errors import UserError
 from utils.run_dir import archive_run, cut_logs_back, log_sizes
@@ -110,18 +119,20 @@ def save(run, log, progress: Progress) -> bool:
     args, moment = run.args, (progress.step, list(progress.done))
     if progress.saved == moment:
         return True
+    log.sync()  # the sizes of the logs are part of the state
     state = resume_state(run, progress)
     if run.dist.is_master:
         config = vars(run.model.config).copy()
         model = model_content(run.model, config, progress.step, progress.val_loss, run.tokenizer.state())
         try:
             path = save_pair(args.log_dir, progress.step, model, state)
+            progress.saved = moment
             log.say(f"checkpoint: {path}")
             prune(args.log_dir, args.keep_checkpoints, args.keep_every, args.max_steps, progress.resumed_from)
-            progress.saved = moment
         except (OSError, RuntimeError) as error:
             space = free_space(args.log_dir, run.model)
-            log.say(f"warning: could not save step {progress.step}: {error} ({space}); training goes on")
+            what = "remove old checkpoints" if progress.saved == moment else f"save step {progress.step}"
+            log.say(f"warning: could not {what}: {error} ({space}); training goes on")
     run.dist.barrier()
     progress.saved = run.dist.broadcast(progress.saved)
     return progress.saved == moment
@@ -164,7 +175,9 @@ def begin(run, progress: Progress) -> list[str]:
         UserError: the checkpoint is missing, damaged, or of another run.
     """
     args, dist = run.args, run.dist
-    requested = args.resume or ("newest" if restart_count() else None)
+    requested = args.resume
+    if restart_count() and (requested is None or model_files(args.log_dir)):
+        requested = "newest"  # torchrun restarts the same command: what it has done since counts
     found: list[dict] = []  # contents of both files, on rank 0
 
     def decide() -> list[str]:

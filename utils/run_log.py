@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,11 +71,16 @@ class RunLog:
             self.say(f"sample {number}: {text}")
             self._write(self.samples_file, f"--- step {step}, sample {number}\n{text}\n")
 
-    def validation(self, step: int, loss: float, tokens: int, seconds: float) -> None:
-        """Writes down a val loss, in nats, after `tokens` training tokens and `seconds` of updates."""
+    def validation(self, step: int, loss: float, tokens: int, seconds: float, verdict: str | None) -> None:
+        """Writes down a val loss, in nats, after `tokens` training tokens and `seconds` of updates.
+
+        Args:
+            verdict: how it compares with healthy runs, in words for the console, or None.
+        """
         self.result(step, "val", loss)
         self.record("val", step=step, loss=loss, tokens=tokens, seconds=seconds)
-        self.say(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity(loss)}")
+        parts = [f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity(loss)}", verdict]
+        self.say(" | ".join(filter(None, parts)))
 
     def hellaswag(self, step: int, num_correct: int, num_examples: int) -> None:
         """Writes down how often the right ending had the lowest mean token loss (completion style)."""
@@ -120,6 +126,16 @@ class RunLog:
             if not self.broken:
                 self.say(f"warning: cannot write {file.name}: {error.strerror}; training goes on without it")
             self.broken = True
+
+    def sync(self) -> None:
+        """Flushes the files to the disk: a checkpoint that counts on their bytes follows."""
+        if not self.is_master:
+            return
+        for file in (self.log_file, self.metrics_file, self.samples_file):
+            try:
+                os.fsync(file.fileno())
+            except OSError:  # no such call on this kind of file; writing has already warned of a full disk
+                pass
 
     def close(self) -> None:
         """Ends the bar and closes the files."""

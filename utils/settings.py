@@ -32,6 +32,8 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
         problems.append(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
     if args.warmup_steps > args.max_steps:
         problems.append(f"--warmup-steps {args.warmup_steps} is more than --max-steps {args.max_steps}")
+    if args.seed >= 2**32:
+        problems.append(f"--seed {args.seed} is not below 2**32")
     if args.min_lr > args.max_lr:
         problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
     try:
