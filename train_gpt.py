@@ -29,6 +29,7 @@ from utils.distributed import Distributed
 from utils.divergence import SpikeFilter, stop_if_diverged
 from utils.errors import Unfinished, UserError, run_script
 from utils.hellaswag_examples import examples_for_training
+from utils.mirrors import Mirrors, check_installed
 from utils.report import write_report
 from utils.resume import Progress
 from utils.run_log import RunLog, Speedometer, format_duration, perplexity
@@ -308,6 +309,11 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
     with RunLog(args.log_dir, dist.is_master, args.max_steps, progress.step) as log:
         for line in plan.describe(run, reasons) + warnings:
             log.say(line)
+        if dist.is_master and (args.tensorboard or args.wandb):
+            settings = plan.record(run, reasons)["settings"]
+            log.mirrors = Mirrors(
+                args.tensorboard, args.wandb, args.log_dir, settings, progress.step, log.say
+            )
         log.record("run", step=progress.step, **plan.record(run, reasons))
         try:
             autocast = runtime.autocast(dist.device, run.dtype)
@@ -322,8 +328,7 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
             return stop.exit_code
         except micro_batch.OutOfMemory as error:
             raise micro_batch.out_of_memory(args.micro_batch, progress.step) from error
-        if dist.is_master:
-            write_report(args.log_dir)
+        log.try_to(write_report)
         memory = runtime.peak_memory_bytes(dist.device) / 1e9
         log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
         log.say(f"in {args.log_dir}/: log.txt, metrics.jsonl, samples.txt, curves.png, report.md, model_*.pt")
@@ -341,6 +346,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.eval_only:
             return report_val_loss(args, dist)
         check_training_settings(args, dist.world_size)
+        check_installed(args.tensorboard, args.wandb)
         reasons = {
             "preset": f"{args.preset} ({preset_reason})",
             "device": f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}",

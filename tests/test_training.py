@@ -475,3 +475,16 @@ def test_a_finished_run_has_a_report(finished_run):
     last_val = (log_dir / "log.txt").read_text().splitlines()[-1].split()[2]
     report = (log_dir / "report.md").read_text()
     assert last_val in report and "curves.png" in report
+
+
+@pytest.mark.parametrize(("flag", "package"), [("--tensorboard", "tensorboard"), ("--wandb", "wandb")])
+def test_a_mirror_that_is_not_installed_is_an_error_before_the_first_step(flag, package, text_file, tmp_path):
+    """The package to install is named, and no run has begun."""
+    import importlib.util
+
+    if importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed here")
+    with pytest.raises(UserError) as caught:
+        train_gpt.main(small_args(text_file, tmp_path / "log", flag))
+    assert f"pip install {package}" in caught.value.hint
+    assert not (tmp_path / "log" / "log.txt").exists()

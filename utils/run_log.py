@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 from tqdm import tqdm
 
@@ -31,6 +31,7 @@ class RunLog:
         self.log_dir = log_dir
         self.is_master = is_master
         self.bar = None
+        self.mirrors = None  # a utils.mirrors.Mirrors, set where --tensorboard or --wandb ask for one
         self.broken = False
         if not is_master:
             return
@@ -62,6 +63,8 @@ class RunLog:
         """Adds a record to metrics.jsonl: `{"kind": kind, ...values}`."""
         if self.is_master:
             self._write(self.metrics_file, json.dumps({"kind": kind, **values}) + "\n")
+            if self.mirrors is not None:
+                self.mirrors.record(kind, values)
 
     def sample(self, step: int, texts: list[str]) -> None:
         """Prints the model's samples and adds them to samples.txt."""
@@ -114,8 +117,15 @@ class RunLog:
 
     def plot(self) -> None:
         """Draws curves.png anew from what has been written so far."""
+        self.try_to(plot_run)
+
+    def try_to(self, write: Callable[[Path], Any]) -> None:
+        """Writes a page or a picture of the run, on rank 0; a full disk is a warning."""
         if self.is_master:
-            plot_run(self.log_dir)
+            try:
+                write(self.log_dir)
+            except OSError as error:
+                self.say(f"warning: {error}; training goes on")
 
     def _write(self, file, text: str) -> None:
         # A full disk must not end a run: it is said once, and the weights go on.
@@ -143,6 +153,8 @@ class RunLog:
             return
         if self.bar is not None:
             self.bar.close()
+        if self.mirrors is not None:
+            self.mirrors.close()
         for file in (self.log_file, self.metrics_file, self.samples_file):
             try:
                 file.close()

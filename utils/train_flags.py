@@ -132,6 +132,8 @@ def _add_running(parser: ArgumentParser) -> None:
     )
     add("--no-compile", dest="compile", action="store_const", const="off", help="no torch.compile")
     add("--deterministic", action="store_true", help="same bits in every run, where the device can")
+    add("--tensorboard", action="store_true", help="mirror the metrics to TensorBoard, in the log directory")
+    add("--wandb", action="store_true", help="mirror the metrics to Weights & Biases")
     add("--dry-run", action="store_true", help="say what the run would be and take, then end")
     add("--cost-per-hour", type=positive_float, help="of all machines together; --dry-run adds the money")
     add("--dist-timeout", type=positive_float, help="seconds after which a hung rank ends the job")
