@@ -267,6 +267,7 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     compiles = runtime.choose_compile(args.compile, dist.device)
     numerics = runtime.set_numerics(args.seed, args.deterministic)
     model, tokenizer, train_stream, val_stream, why = load_model_and_data(args, dist)
+    torch.manual_seed(args.seed + dist.rank)  # weights are alike on all ranks, later draws are not
     if args.micro_batch == "auto":
         usual = PRESETS[args.preset].get("micro_batch", MICRO_BATCH)
         args.micro_batch, reasons["micro-batch"] = micro_batch.choose(args, model, dist, dtype.value, usual)
@@ -380,8 +381,7 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
     if args.init_from is None:
         raise UserError(f"no checkpoint in {args.log_dir} to evaluate", "name one with --init-from", True)
     dtype = runtime.choose_dtype(args.dtype, dist.device).value
-    if args.micro_batch == "auto":
-        args.micro_batch = 8  # without gradients there is little to gain
+    args.micro_batch = 8 if args.micro_batch == "auto" else args.micro_batch  # no gradients: little to gain
     model, _, _, val_stream, _ = load_model_and_data(args, dist)
     loader = WindowLoader(val_stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
     loss = evaluate(model, loader, args.val_tokens, dist, dtype)

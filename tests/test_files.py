@@ -64,7 +64,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
-    """fsync(file), rename, fsync(folder): a power cut at any moment leaves the old file or the new one."""
+    """2: fsync(file), rename, fsync(folder): a power cut at any moment leaves the old file or the new one."""
     calls = []
     real_fsync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd)))
@@ -75,7 +75,7 @@ def test_a_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, m
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_called_damaged(tmp_path, share):
-    """Whatever torch would say of it."""
+    """16: Whatever torch would say of it."""
     path = tmp_path / "model_00007.pt"
     saved(path)
     data = path.read_bytes()
@@ -85,7 +85,7 @@ def test_a_truncated_checkpoint_is_called_damaged(tmp_path, share):
 
 
 def test_a_flipped_byte_is_found(tmp_path):
-    """torch.load would give wrong weights without a word; the archive's checksum does not."""
+    """17: torch.load would give wrong weights without a word; the archive's checksum does not."""
     path = tmp_path / "model_00007.pt"
     saved(path)
     data = bytearray(path.read_bytes())
@@ -96,7 +96,7 @@ def test_a_flipped_byte_is_found(tmp_path):
 
 
 def test_code_in_a_checkpoint_is_refused(tmp_path):
-    """A pickle that would run a command does not, and the message names it and offers no way around."""
+    """18: A pickle that would run a command does not, and the message names it and offers no way around."""
 
     class Evil:
         def __reduce__(self):
@@ -217,7 +217,7 @@ def test_the_order_of_data(tmp_path, monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
-    """A full disk ends the log, not the run."""
+    """21: A full disk ends the log, not the run."""
     with RunLog(tmp_path, True) as log:
         log.log_file.close()
         log.log_file = open("/dev/full", "w")

@@ -69,7 +69,7 @@ def test_help_needs_torch_and_numpy_only(script):
 
 
 def test_training_without_tiktoken_and_matplotlib_uses_characters(text_file, tmp_path):
-    """Without the optional packages a run still works: characters instead of BPE, with a warning, and no
+    """41: Without the optional packages a run still works: characters instead of BPE, with a warning, and no
     plot.
     """
     flags = (

@@ -28,7 +28,7 @@ def gpus(monkeypatch):
     ("capability", "expected"), [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
 )
 def test_bf16_only_where_the_gpu_computes_it(gpus, capability, expected):
-    """A T4 (7.5) emulates bf16 and says it supports it: the capability decides, and the reason names it."""
+    """30: a T4 (7.5) emulates bf16 and says it supports it: the capability decides and is named."""
     gpus(capability)
     decision = runtime.choose_dtype("auto", CUDA)
     assert decision.value == expected
@@ -45,7 +45,7 @@ def test_a_dtype_that_the_device_lacks_is_an_error(gpus):
 
 
 def test_each_process_has_a_gpu_of_its_own(gpus):
-    """The local rank picks the GPU; one process too many is told how many fit."""
+    """33: The local rank picks the GPU; one process too many is told how many fit."""
     gpus()
     assert runtime.choose_device("auto", local_rank=1).value == torch.device("cuda", 1)
     assert runtime.choose_device("cuda:0").value == torch.device("cuda", 0)

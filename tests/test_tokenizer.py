@@ -79,7 +79,7 @@ def test_the_merge_table_is_the_published_one():
 
 
 def test_a_changed_merge_table_is_refused(tmp_path):
-    """One other byte is an error with both sums."""
+    """40: One other byte is an error with both sums."""
     path = tmp_path / "vocab.bpe.xz"
     path.write_bytes(lzma.compress(lzma.decompress(MERGES_PATH.read_bytes()) + b" "))
     with pytest.raises(UserError, match="1ce16647"):

@@ -254,7 +254,7 @@ def test_learning_rate_without_warmup_starts_at_the_maximum():
 
 
 def test_a_nan_stops_the_run_before_the_update(text_file, tmp_path, monkeypatch):
-    """A loss that is not finite is exit code 3, and neither weights nor optimizer have moved."""
+    """26: A loss that is not finite is exit code 3, and neither weights nor optimizer have moved."""
     runs = []
     real_update = train_gpt.update
 
@@ -319,7 +319,7 @@ def test_preset_char_is_small():
     ],
 )
 def test_settings_that_do_not_fit_are_named_with_their_numbers(arguments, message):
-    """Each check before the first step, on three ranks where ranks matter."""
+    """34, 35: Each check before the first step, on three ranks where ranks matter."""
     args, _ = train_gpt.read_arguments(["--preset", "gpt2", *arguments])
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         check_training_settings(args, world_size=3 if "12" in arguments else 1)
@@ -361,7 +361,7 @@ def test_accumulation_makes_the_batch_exact(world_size):
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_error_and_one_hint(flags, message, text_file, tmp_path, capsys):
-    """Exit code 2, two lines on stderr, no traceback, and no file of a run."""
+    """22, 32, 33, 38: Exit code 2, two lines on stderr, no traceback, and no file of a run."""
     from utils.errors import run_script
 
     code = run_script(lambda: train_gpt.main(small_args(text_file, tmp_path / "log", *flags)))

@@ -91,8 +91,9 @@ class Progress:
 
 def resume_state(run, progress: Progress) -> dict[str, Any]:
     """What the optimizer file holds, as plain values and tensors."""
-    cuda = run.dist.device.type == "cuda"
-    rng = run.dist.gather(torch.cuda.get_rng_state(run.dist.device)) if cuda else None
+    rng = {"cpu": run.dist.gather(torch.get_rng_state())}
+    if run.dist.device.type == "cuda":
+        rng["cuda"] = run.dist.gather(torch.cuda.get_rng_state(run.dist.device))
     return {
         "optimizer": run.optimizer.state_dict(),
         "step": progress.step,
@@ -103,7 +104,7 @@ def resume_state(run, progress: Progress) -> dict[str, Any]:
         "tokenizer": run.tokenizer.state(),
         "data": [run.train_loader.stream.fingerprint(), run.val_loader.stream.fingerprint()],
         # Nothing draws from it while dropout is absent; saved for the day somebody adds some.
-        "rng": {"cpu": torch.get_rng_state(), "cuda": rng},
+        "rng": rng,
         "scaler": run.scaler.state_dict(),
         "spikes": run.spikes.state_dict(),
         "log": log_sizes(run.args.log_dir),
@@ -274,9 +275,10 @@ def restore(run, progress: Progress, model: dict | None, state: dict | None) -> 
     if small["scaler"] and run.scaler.is_enabled():
         run.scaler.load_state_dict(small["scaler"])
     run.spikes.load_state_dict(small["spikes"])
-    torch.set_rng_state(small["rng"]["cpu"])
-    if small["rng"]["cuda"] and dist.device.type == "cuda" and len(small["rng"]["cuda"]) == dist.world_size:
-        torch.cuda.set_rng_state(small["rng"]["cuda"][dist.rank], dist.device)
+    if len(small["rng"]["cpu"]) == dist.world_size:
+        torch.set_rng_state(small["rng"]["cpu"][dist.rank])
+        if dist.device.type == "cuda" and "cuda" in small["rng"]:
+            torch.cuda.set_rng_state(small["rng"]["cuda"][dist.rank], dist.device)
 
 
 def _restore_optimizer(run, saved: dict | None) -> None:
