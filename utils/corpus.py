@@ -253,7 +253,9 @@ def open_parquet(path: Path, text_field: str):
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(f"pyarrow cannot be used: {error}", "pip install -U pyarrow, or use .jsonl") from error
+        raise UserError(
+            f"pyarrow cannot be used: {error}", "pip install -U pyarrow, or use .jsonl"
+        ) from error
     try:
         # Buffered: without it a whole column of a row group comes into memory at once.
         file = pq.ParquetFile(path, buffer_size=1 << 20)
