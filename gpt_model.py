@@ -34,9 +34,7 @@ class GPTConfig:
     """The five numbers that make a GPT-2. Raises UserError for numbers that make none."""
 
     block_size: int = 1024  # longest context, in tokens
-    vocab_size: int = (
-        50257  # 50,000 merges + 256 bytes + <|endoftext|>; training pads it to 50304 = 393 x 128
-    )
+    vocab_size: int = 50257  # 50,000 merges, 256 bytes, <|endoftext|>; training pads it to 50304 = 393 x 128
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -95,9 +93,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
         is_causal = attention_mask is None
         if cache is not None:
-            is_causal = (
-                is_causal and cache.length == 0
-            )  # one new position may see all the earlier ones: no mask
+            is_causal = is_causal and cache.length == 0  # one new position sees all the others: no mask
             k, v = cache.append(self.layer, k, v)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, is_causal=is_causal)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -148,9 +144,8 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))  # fmt: skip
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = (
-            self.lm_head.weight
-        )  # one tensor for reading and writing words (Press & Wolf 2017)
+        # One tensor for reading and writing words (Press & Wolf 2017).
+        self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -340,11 +335,12 @@ class GPT(nn.Module):
         Raises:
             UserError: unknown name, transformers is missing, the weights cannot be had, or they are no GPT-2.
         """
-        from utils.pretrained import load_gpt2_weights
+        from utils.pretrained import load_gpt2_weights, tokenizer_state_of
 
         config, state_dict = load_gpt2_weights(str(name_or_dir), PRETRAINED_CONFIGS)
         model = cls(GPTConfig(**config))
         model.load_state_dict(state_dict)
+        model.tokenizer_state = tokenizer_state_of(str(name_or_dir))
         return model
 
 
@@ -371,9 +367,7 @@ def sample_token(
     # Shifted first, so that dividing by a tiny temperature gives -inf at worst, never inf - inf.
     probs = F.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if top_p is not None:
-        before = (
-            probs.cumsum(dim=-1) - probs
-        )  # probability of all likelier tokens: the first one always stays
+        before = probs.cumsum(dim=-1) - probs  # of all likelier tokens: the first one always stays
         probs = probs.masked_fill(before >= top_p, 0.0)
     choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1); normalises by itself
     return choice if ids is None else ids.gather(-1, choice)

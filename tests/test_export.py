@@ -86,7 +86,7 @@ def test_the_command_says_what_it_made_and_checked(exported):
 
 
 def test_a_character_model_gets_its_vocabulary(tmp_path, capsys):
-    """characters.json maps each character to its id, and one line says that there is no other tokenizer."""
+    """characters.json maps each character to its id, one line says so, and the way back brings it along."""
     model = tiny_model(vocab_size=4)
     model.tokenizer_state = {"name": "char", "characters": "\nab\u00e9"}
     assert export_hf.export(model, tmp_path / "out") < 1e-9
@@ -95,7 +95,12 @@ def test_a_character_model_gets_its_vocabulary(tmp_path, capsys):
     assert "characters.json: ids of a character model" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["eos_token_id"] is None and config["vocab_size"] == 4
-    assert GPT.load(tmp_path / "out").config.vocab_size == 4
+    again = GPT.load(tmp_path / "out")
+    assert again.config.vocab_size == 4 and again.tokenizer_state == model.tokenizer_state
+    for damaged in ("[1]", '{"a": 1}', "{"):
+        (tmp_path / "out" / "characters.json").write_text(damaged)
+        with pytest.raises(UserError, match="characters.json holds no characters"):
+            GPT.load(tmp_path / "out")
 
 
 def test_wrong_weights_are_no_success(tmp_path, monkeypatch):

@@ -23,12 +23,11 @@ from torch import Tensor
 from gpt_model import GPT
 from utils.command_line import ArgumentParser
 from utils.errors import Unfinished, UserError, run_script
-from utils.pretrained import TRANSPOSED
+from utils.pretrained import CHARACTERS_FILE, TRANSPOSED
 from utils.tokenizer import END_OF_TEXT, MERGES_PATH, CharTokenizer, load_merges, tokenizer_from_state
 
 LARGEST_DIFFERENCE = 1e-4  # of two logits; what rounding leaves in float64 is far below
 CHECKED_TOKENS = 64
-CHARACTERS_FILE = "characters.json"
 
 
 def hugging_face_config(model: GPT, num_words: int, end_of_text: int | None) -> dict:
@@ -80,9 +79,8 @@ def write_tokenizer(folder: Path, tokenizer, block_size: int) -> str:
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     write_json(folder / "special_tokens_map.json", special)
     settings = {**special, "tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size}
-    settings.update(
-        add_prefix_space=False, clean_up_tokenization_spaces=False
-    )  # decoding gives the text back
+    # Decoding gives the text back, spaces before punctuation and all.
+    settings.update(add_prefix_space=False, clean_up_tokenization_spaces=False)
     write_json(folder / "tokenizer_config.json", settings)
     return "vocab.json, merges.txt: GPT-2's tokenizer, for AutoTokenizer"
 

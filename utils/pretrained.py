@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from torch import Tensor
 
 from utils.errors import UserError
 
-# OpenAI's code multiplied by (in, out) matrices, a Linear holds (out, in): these four are transposed on the
-# way.
+# OpenAI's code multiplied by (in, out) matrices, a Linear holds (out, in): these four are transposed.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+CHARACTERS_FILE = "characters.json"  # in a folder that utils/export_hf.py wrote: ids of a character model
 
 
 def load_gpt2_weights(name_or_dir: str, known: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -50,6 +52,25 @@ def load_gpt2_weights(name_or_dir: str, known: dict) -> tuple[dict, dict[str, Te
         n_embd=config.n_embd,
     )
     return sizes, state_dict
+
+
+def tokenizer_state_of(name_or_dir: str) -> dict:
+    """What `tokenizer_from_state` needs for a released GPT-2 or a folder: GPT-2's BPE, or the folder's characters.
+
+    Raises:
+        UserError: the folder's characters.json is damaged.
+    """
+    path = Path(name_or_dir) / CHARACTERS_FILE
+    if not path.is_file():
+        return {"name": "gpt2"}
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+        characters = "".join(sorted(ids, key=ids.get))
+        if [ids[character] for character in characters] != list(range(len(characters))):
+            raise ValueError("ids are not 0, 1, 2, ...")
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no characters: {error}", "export the checkpoint again") from error
+    return {"name": "char", "characters": characters}
 
 
 def _load_with_transformers(source: str):

@@ -173,8 +173,7 @@ def keep_freed_memory() -> None:
     """Lets this process reuse the pages of freed tensors instead of giving them back after every one.
 
     glibc maps each large block anew and unmaps it when it is freed; on a CPU the page faults of that cost a
-    third
-    of a small model's step. Elsewhere than on Linux with glibc this does nothing.
+    third of a small model's step. Elsewhere than on Linux with glibc this does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -187,9 +186,8 @@ def keep_freed_memory() -> None:
 def set_numerics(seed: int, deterministic: bool) -> str:
     """Seeds, TF32 and determinism for the whole process. Returns what to tell the user."""
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision(
-        "high"
-    )  # TF32 for fp32 products on CUDA: 10 bits of mantissa, 8x the speed
+    # TF32 for fp32 products on CUDA: 10 bits of mantissa, 8x the speed.
+    torch.set_float32_matmul_precision("high")
     if not deterministic:
         return "TF32 matrix products on where the device has them"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
