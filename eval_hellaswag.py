@@ -11,7 +11,7 @@ positions that predict an ending's token meet the vocabulary. That is half the p
 logits, and the losses are the same.
 
 Shapes: R rows (one an example), T positions, C channels, V vocabulary, S scored tokens, U positions that
-    predict them.
+predict them.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def render_multiple_choice_tensors(
 
     Returns:
         (data: dict with label, ctx_tokens and ending_tokens as lists of ids, for comparisons with other code;
-        tokens (4, N) int64; mask (4, N) int64, 1 where a token belongs to the ending; label 0..3, or None
-        in test).
+        tokens (4, N) int64; mask (4, N) int64, 1 where a token belongs to the ending; label 0..3, or None in
+        test).
     """
     context, endings = tokenize(example, tokenizer or GPT2Tokenizer(), style)
     rows, starts = crop_rows(context, endings, block_size)
@@ -122,9 +122,7 @@ def plan_batches(examples: Sequence[Example], batch_tokens: int) -> list[list[in
 
 @torch.inference_mode()
 def score_batch(model: GPT, batch: Sequence[Example], dtype: torch.dtype) -> np.ndarray:
-    """Summed loss of each ending in nats, (R, 4) float64, by one forward pass of R trees under a block
-    mask.
-    """
+    """Summed loss of each ending in nats, (R, 4) float64, by one pass of R trees under a block mask."""
     R, T = len(batch), max(len(example.tokens) for example in batch)
     idx, positions = np.zeros((R, T), dtype=np.int64), np.zeros((R, T), dtype=np.int64)
     owners = np.zeros((R, T), dtype=np.uint8)
@@ -154,8 +152,7 @@ def score_batch(model: GPT, batch: Sequence[Example], dtype: torch.dtype) -> np.
 
 
 def tree_mask(owners: Tensor) -> Tensor:
-    """Who sees whom: itself and its ancestors, which are the earlier positions that belong to all of its
-    own rows.
+    """Who sees whom: itself and its ancestors, the earlier positions that belong to all of its own rows.
 
     Args:
         owners: (R, T) uint8, a bit an ending. Padding belongs to none, so it sees all before it, and none
@@ -241,9 +238,7 @@ def evaluate_hellaswag(
 def score_examples(
     model: GPT, examples: Sequence[Example], dtype: torch.dtype, batch_tokens: int | None, dist: Distributed
 ) -> Iterator[tuple[list[Example], np.ndarray] | None]:
-    """Yields batches of examples and the summed losses (R, 4) of their endings; None where other ranks have
-    more.
-    """
+    """Batches of examples with the summed losses (R, 4) of their endings; None where only others go on."""
     batches = plan_batches(examples, batch_tokens or BATCH_TOKENS[dist.device.type])
     was_training = model.training
     model.eval()
@@ -272,9 +267,7 @@ def count_correct(batch: Sequence[Example], loss_sum: np.ndarray) -> tuple[int, 
 
 
 class Progress:
-    """The running acc_norm: a bar on a terminal, else a line each tenth of the way. Short examples come
-    last.
-    """
+    """The running acc_norm: a bar on a terminal, else a line each tenth of the way. Short examples last."""
 
     def __init__(self, total: int, labelled: bool):
         self.total, self.labelled = total, labelled

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from gpt_model import GPT, GPTConfig
+from tests.small_runs import TEXT, Killed, kill_in, train
+from utils import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,7 +60,37 @@ def tiny_model(seed: int = 0, **changes) -> GPT:
 def text_file(tmp_path: Path) -> Path:
     """A text of a few thousand words with something to learn in it."""
     path = tmp_path / "text.txt"
-    path.write_text(
-        "The quick brown fox jumps over the lazy dog; the dog sleeps on.\n" * 300, encoding="utf-8"
-    )
+    path.write_text(TEXT * 300, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def short_text(tmp_path_factory) -> Path:
+    """A text of fifteen steps an epoch for a run with `RESUMABLE`."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT * 16, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than a small run, and test_files.py draws."""
+    monkeypatch.setattr(run_log, "plot_run", lambda log_dir: None)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(short_text, tmp_path_factory) -> Path:
+    """The log directory of a run that nothing stopped."""
+    log_dir = tmp_path_factory.mktemp("undisturbed") / "log"
+    assert train(short_text, log_dir) == 0
+    return log_dir
+
+
+@pytest.fixture
+def stopped_run(short_text, tmp_path, monkeypatch) -> Path:
+    """A run killed in step 11, with checkpoints of steps 6 and 9 to resume from."""
+    with monkeypatch.context() as patch:
+        kill_in(patch, "update", lambda args: args[2].step == 11)
+        with pytest.raises(Killed):
+            train(short_text, tmp_path)
+    return tmp_path

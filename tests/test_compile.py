@@ -7,31 +7,18 @@ import shutil
 import pytest
 
 import train_gpt
+from tests.small_runs import TINY
 
 SETTINGS = (
-    *(
-        "--preset",
-        "tiny",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--tokenizer",
-        "char",
-        "--micro-batch",
-        "2",
-    ),
-    *("--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--seq-len", "16", "--total-batch-tokens", "64"),
-    *("--max-steps", "6", "--max-lr", "1e-2", "--val-every", "3", "--sample-every", "3"),
+    *(*TINY, "--n-layer", "1", "--micro-batch", "2", "--total-batch-tokens", "64"),
+    *("--max-steps", "6", "--val-every", "3", "--sample-every", "3"),
 )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_training_is_the_same_and_compiles_once(text_file, tmp_path):
-    """Losses to 1e-4 with evaluations and samples in between; after the first update no graph is compiled
-    again.
-    """
+    """Losses to 1e-4 with evaluations and samples in between; after the first update nothing is compiled."""
     from torch._dynamo.utils import counters
 
     real_update, graphs = train_gpt.update, []

@@ -86,9 +86,7 @@ def test_validation_reads_the_whole_split_if_that_is_smaller():
 
 
 def test_text_is_split_at_ninety_percent(tmp_path):
-    """The first 90 % of the tokens train, the rest validates, nothing is lost; positions count through the
-    file.
-    """
+    """The first 90 % of the tokens train, the rest validates; positions count through the file."""
     train, val = split_text(tmp_path / "t", "x" * 100, np.arange(100, dtype=np.uint16), seq_len=4)
     assert train.read(0, 100).tolist() == list(range(90))
     assert val.read(0, 100).tolist() == list(range(90, 100))

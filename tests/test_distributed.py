@@ -1,6 +1,4 @@
-"""Several processes on this machine, over gloo: equal to one process, and gone in seconds when one of them
-dies.
-"""
+"""Several processes on this machine, over gloo: equal to one process, and gone in seconds when one dies."""
 
 from __future__ import annotations
 
@@ -17,22 +15,13 @@ import pytest
 import torch
 
 from tests.conftest import OFFLINE, ROOT, run
-from tests.test_resume import tensors_of
+from tests.small_runs import TINY, tensors_of
 
 DRIVER = Path(__file__).with_name("ddp_driver.py")
 SETTINGS = (
-    *("--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--tokenizer", "char"),
-    *("--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--seq-len", "16", "--micro-batch", "2"),
-    *("--total-batch-tokens", "128", "--max-lr", "1e-2", "--max-steps", "20", "--warmup-steps", "2"),
+    *(*TINY, "--micro-batch", "2", "--total-batch-tokens", "128", "--max-steps", "20", "--warmup-steps", "2"),
     *("--val-every", "5", "--sample-every", "0", "--checkpoint-every", "3"),
 )
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog; the dog sleeps on.\n" * 16)
-    return path
 
 
 def torchrun(
@@ -86,10 +75,10 @@ def windows_of(log_dir: Path, num_ranks: int, windows_per_step: int = 8, steps: 
 
 
 @pytest.fixture(scope="module")
-def jobs(text_file, tmp_path_factory) -> dict[int, Path]:
+def jobs(short_text, tmp_path_factory) -> dict[int, Path]:
     """The same 20 steps as 1 process x accumulation 4, 2 x 2 and 4 x 1."""
     folder = tmp_path_factory.mktemp("jobs")
-    return {n: finished(n, text_file, folder / str(n)) for n in (1, 2, 4)}
+    return {n: finished(n, short_text, folder / str(n)) for n in (1, 2, 4)}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -122,12 +111,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_two_nodes_train_as_one(text_file, jobs, tmp_path):
-    """Two torchrun agents on loopback, without a shared folder: the losses of one process; only rank 0
-    writes.
-    """
+def test_two_nodes_train_as_one(short_text, jobs, tmp_path):
+    """Two torchrun agents on loopback, no shared folder: the losses of one process; only rank 0 writes."""
     agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=gpt")
-    nodes = [torchrun(1, text_file, tmp_path / str(i), agent=agent) for i in range(2)]
+    nodes = [torchrun(1, short_text, tmp_path / str(i), agent=agent) for i in range(2)]
     outputs = [finish(node) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     written = [folder for folder in (tmp_path / "0", tmp_path / "1") if (folder / "log.txt").exists()]
@@ -137,12 +124,10 @@ def test_two_nodes_train_as_one(text_file, jobs, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["raise", "kill", pytest.param("exit", marks=pytest.mark.slow)])
-def test_a_rank_that_dies_ends_the_job(fault, text_file, tmp_path):
-    """9: in seconds, not with success, the root cause in the output, earlier checkpoints whole, no half-
-    written file.
-    """
+def test_a_rank_that_dies_ends_the_job(fault, short_text, tmp_path):
+    """9: in seconds, no success, the root cause in the output, earlier checkpoints whole, no half file."""
     started = time.monotonic()
-    process = torchrun(2, text_file, tmp_path, FAULT=f"{fault}@7:1")
+    process = torchrun(2, short_text, tmp_path, FAULT=f"{fault}@7:1")
     output = finish(process, timeout=60)
     assert process.returncode != 0
     assert time.monotonic() - started < 45
@@ -154,31 +139,27 @@ def test_a_rank_that_dies_ends_the_job(fault, text_file, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_given_up(text_file, tmp_path):
+def test_a_rank_that_hangs_is_given_up(short_text, tmp_path):
     """10: after --dist-timeout seconds the others end the job."""
-    process = torchrun(2, text_file, tmp_path, "--dist-timeout", "6", FAULT="hang@4:1")
+    process = torchrun(2, short_text, tmp_path, "--dist-timeout", "6", FAULT="hang@4:1")
     output = finish(process, timeout=60)
     assert process.returncode != 0 and "imed out" in output
 
 
-def test_a_loss_that_is_no_number_on_one_rank_stops_all(text_file, tmp_path):
-    """26: the message names the rank, the place in the data and its text, once; no checkpoint comes from the
-    broken step.
-    """
-    output = finish(torchrun(2, text_file, tmp_path, FAULT="nan@7:1"))
+def test_a_loss_that_is_no_number_on_one_rank_stops_all(short_text, tmp_path):
+    """26: the message names rank, place in the data and text, once; the broken step leaves no checkpoint."""
+    output = finish(torchrun(2, short_text, tmp_path, FAULT="nan@7:1"))
     assert output.count("error: non-finite loss at step 7 (rank 1, micro-step 0, ") == 1, output
-    assert (
-        "text.txt position " in output
-        and "Traceback (most recent call last):\n  File" not in output.split("error: ")[0]
-    )
+    assert "text.txt position " in output
+    assert "Traceback (most recent call last):\n  File" not in output.split("error: ")[0]
     assert sorted(path.name for path in tmp_path.glob("model_*")) == ["model_00003.pt", "model_00006.pt"]
 
 
 @pytest.mark.slow
-def test_a_save_may_take_longer_than_the_timeout(text_file, tmp_path):
+def test_a_save_may_take_longer_than_the_timeout(short_text, tmp_path):
     """11: the other ranks wait for rank 0's save with more patience than for each other."""
     flags = ("--max-steps", "3", "--dist-timeout", "4")
-    finished(2, text_file, tmp_path, *flags, SLOW_SAVE="4")
+    finished(2, short_text, tmp_path, *flags, SLOW_SAVE="4")
     assert (tmp_path / "model_00003.pt").exists()
 
 
@@ -198,30 +179,30 @@ def test_a_port_that_is_taken_is_one_error(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["launcher", pytest.param("one worker", marks=pytest.mark.slow)])
-def test_a_signal_stops_all_ranks_together(target, text_file, tmp_path, jobs):
+def test_a_signal_stops_all_ranks_together(target, short_text, tmp_path, jobs):
     """5, 6: SIGTERM to torchrun or to one worker: all agree, rank 0 saves, and resumed it is the same run."""
     if target == "launcher":
-        process = torchrun(2, text_file, tmp_path)
+        process = torchrun(2, short_text, tmp_path)
         for line in process.stdout:
             if "step     6 |" in line:
                 break
         process.send_signal(signal.SIGTERM)
     else:
-        process = torchrun(2, text_file, tmp_path, FAULT="sigterm@6:1")
+        process = torchrun(2, short_text, tmp_path, FAULT="sigterm@6:1")
     output = finish(process, timeout=60)
     assert "received SIGTERM: saved" in output, output
-    finished(2, text_file, tmp_path, "--resume")
+    finished(2, short_text, tmp_path, "--resume")
     assert (tmp_path / "log.txt").read_bytes() == (jobs[2] / "log.txt").read_bytes()
 
 
 @pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_killed_and_resumed_ranks_are_the_same_run(num_ranks, text_file, tmp_path):
+def test_killed_and_resumed_ranks_are_the_same_run(num_ranks, short_text, tmp_path):
     """Bitwise with 2 and with 3 ranks, where DDP's rebuilt buckets would show: log, weights and moments."""
     flags = ("--total-batch-tokens", "96", "--micro-batch", "1", "--max-steps", "10")
-    whole = finished(num_ranks, text_file, tmp_path / "whole", *flags)
-    process = torchrun(num_ranks, text_file, tmp_path / "killed", *flags, FAULT="kill@5:0")
+    whole = finished(num_ranks, short_text, tmp_path / "whole", *flags)
+    process = torchrun(num_ranks, short_text, tmp_path / "killed", *flags, FAULT="kill@5:0")
     finish(process)
-    finished(num_ranks, text_file, tmp_path / "killed", *flags, "--resume")
+    finished(num_ranks, short_text, tmp_path / "killed", *flags, "--resume")
     assert (tmp_path / "killed" / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
     for name in ("model_00010.pt", "optimizer_00010.pt"):
         ours, theirs = tensors_of(tmp_path / "killed" / name), tensors_of(whole / name)
@@ -229,33 +210,31 @@ def test_killed_and_resumed_ranks_are_the_same_run(num_ranks, text_file, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks(text_file, tmp_path, jobs):
+def test_a_run_goes_on_with_another_number_of_ranks(short_text, tmp_path, jobs):
     """13: two ranks, then one, then two: the same windows, the losses to 1e-4, and a line that says so."""
-    finish(torchrun(2, text_file, tmp_path, FAULT="kill@5:0"))
-    output = finish(torchrun(1, text_file, tmp_path, "--resume", FAULT="kill@11:0"))
+    finish(torchrun(2, short_text, tmp_path, FAULT="kill@5:0"))
+    output = finish(torchrun(1, short_text, tmp_path, "--resume", FAULT="kill@11:0"))
     assert "world size 2 -> 1: continuing, results equal to rounding only" in output
-    finished(2, text_file, tmp_path, "--resume")
+    finished(2, short_text, tmp_path, "--resume")
     for ours, theirs in zip(losses_of(tmp_path), losses_of(jobs[1])):
         assert ours[0] == theirs[0] and abs(ours[1] - theirs[1]) < 1e-4
 
 
 @pytest.mark.slow
-def test_torchrun_restarts_from_the_last_checkpoint(text_file, tmp_path, jobs):
-    """12: --max-restarts: a worker that was killed comes back, resumes without being told, and the log is the
-    same.
-    """
+def test_torchrun_restarts_from_the_last_checkpoint(short_text, tmp_path, jobs):
+    """12: --max-restarts: a killed worker comes back and resumes without being told; the log is the same."""
     agent = ("--standalone", "--max-restarts=2")
     variables = dict(FAULT="kill@7:1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    process = torchrun(2, text_file, tmp_path, agent=agent, **variables)
+    process = torchrun(2, short_text, tmp_path, agent=agent, **variables)
     output = finish(process)
     assert process.returncode == 0, output[-3000:]
     assert "model_00006.pt at step 6" in output
     assert (tmp_path / "log.txt").read_bytes() == (jobs[2] / "log.txt").read_bytes()
 
 
-def test_workers_stop_when_their_launcher_is_killed(text_file, tmp_path):
+def test_workers_stop_when_their_launcher_is_killed(short_text, tmp_path):
     """8: SIGKILL of torchrun: the orphans save, leave within seconds and give up the log directory."""
-    process = torchrun(2, text_file, tmp_path, "--max-steps", "100000", "--warmup-steps", "2")
+    process = torchrun(2, short_text, tmp_path, "--max-steps", "100000", "--warmup-steps", "2")
     for line in process.stdout:
         if "step     3 |" in line:
             break
@@ -276,7 +255,7 @@ def test_workers_stop_when_their_launcher_is_killed(text_file, tmp_path):
     assert (tmp_path / f"optimizer_{saved:05d}.pt").exists()
 
 
-def test_an_error_that_all_ranks_meet_is_said_once(text_file, tmp_path):
+def test_an_error_that_all_ranks_meet_is_said_once(short_text, tmp_path):
     """One error line and one hint from rank 0, for a setting, a missing file and a held directory alike."""
     for flags, message in (
         (
@@ -285,12 +264,12 @@ def test_an_error_that_all_ranks_meet_is_said_once(text_file, tmp_path):
         ),
         (("--resume", str(tmp_path / "none.pt")), "error: no checkpoint at"),
     ):
-        output = finish(torchrun(2, text_file, tmp_path, *flags))
+        output = finish(torchrun(2, short_text, tmp_path, *flags))
         assert output.count("error: ") >= 1 and output.count(message) == 1, output
         assert 'Traceback (most recent call last):\n  File "' + str(DRIVER) not in output
 
 
-def test_a_rank_whose_data_differs_is_named(text_file, tmp_path):
+def test_a_rank_whose_data_differs_is_named(short_text, tmp_path):
     """Every machine must hold the same files: the fingerprints are compared before the first step."""
     from utils.datasets import _check_ranks_agree
     from utils.distributed import Distributed

@@ -159,9 +159,7 @@ def server():
 
 
 def test_a_download_appears_when_it_is_right(server, tmp_path):
-    """The file has the bytes; a half one, another one and an error page leave nothing, nor touch what is
-    there.
-    """
+    """The file has the bytes; a half one, another one and an error page leave nothing and change nothing."""
     body = b"a text" * 1000
     server.files = {"/good": body, "/short": body[:100]}
     digest = hashlib.sha256(body).hexdigest()

@@ -94,9 +94,7 @@ def test_gradients_are_returned_and_the_tied_weight_gets_both_parts():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_under_autocast_it_is_as_exact_as_the_full_logits(dtype, tolerance):
-    """Against the float32 truth, the error is that of the low dtype's rounding, as for the plain loss under
-    autocast.
-    """
+    """Against the float32 truth the error is of the low dtype's rounding, as for the plain loss."""
     hidden, weight, targets = example(N=64, C=32, V=500)
 
     def low(function):
@@ -114,9 +112,7 @@ def test_under_autocast_it_is_as_exact_as_the_full_logits(dtype, tolerance):
 
 
 def test_many_rows_do_not_vanish_in_half_precision():
-    """Gradients are divided by the number of rows in float32: in fp16, 1 / 65,536 of a probability would be
-    zero.
-    """
+    """Gradients are divided by the rows in float32: 1 / 65,536 of a probability would be zero in fp16."""
     torch.manual_seed(0)
     N, C, V = 65_536, 4, 200
     hidden = torch.randn(N, C, dtype=torch.float16).requires_grad_()

@@ -29,8 +29,8 @@ FIXTURE = FIXTURES / "hellaswag_val.jsonl"
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "hellaswag"
 ALONE = Distributed(torch.device("cpu"))
 
-# GPT-2's ids of this sentence are in every tutorial: Hello 15496 , 11 I 314 'm 1101 a 257 language 3303
-# model 2746 , 11
+# GPT-2's ids of this sentence are in every tutorial:
+# Hello 15496 , 11 I 314 'm 1101 a 257 language 3303 model 2746 , 11
 HELLO = {
     "ctx": "Hello, I'm a",
     "endings": ["language model,", "language", "model", "a language"],
@@ -123,9 +123,7 @@ def test_the_likeliest_completion_has_the_lowest_mean_loss():
 
 
 def test_a_prefix_tree_holds_each_beginning_once():
-    """Of the eight tokens of `HELLO`'s endings only three are read; what predicts what is as counted by
-    hand.
-    """
+    """Of the eight tokens of `HELLO`'s endings only three are read; who predicts whom is counted by hand."""
     example = make_example(HELLO, 5, GPT2Tokenizer(), 1024)
     assert example.tokens.tolist() == [*HELLO_CONTEXT, 257, 3303, 2746]
     assert example.positions.tolist() == [0, 1, 2, 3, 4, 5, 5, 6]
@@ -139,9 +137,7 @@ def test_a_prefix_tree_holds_each_beginning_once():
 
 
 def test_a_position_sees_itself_its_ancestors_and_nothing_else():
-    """The mask against a walk through the four rows: position i sees j if j is before it on every way
-    through i.
-    """
+    """The mask against a walk through the four rows: i sees j if j is before it on every way through i."""
     for row in fixture_rows():
         example = make_example(row, 0, GPT2Tokenizer(), 40)
         mask = tree_mask(torch.from_numpy(example.owners)[None])[0, 0]
@@ -154,9 +150,7 @@ def test_a_position_sees_itself_its_ancestors_and_nothing_else():
 
 
 def test_every_example_is_in_exactly_one_batch_and_little_is_padding():
-    """Batches cover all, keep to the limit (a single long example may exceed it), and mix only similar
-    lengths.
-    """
+    """Batches cover all, keep to the limit (but for a single long example), and mix only similar lengths."""
     examples = make_examples(fixture_rows() * 5, folded_model())
     for limit in (1, 100, 300, 10**6):
         batches = plan_batches(examples, limit)
@@ -174,9 +168,7 @@ def test_every_example_is_in_exactly_one_batch_and_little_is_padding():
 @pytest.mark.parametrize("style", ["completion", "lm-eval"])
 @pytest.mark.parametrize("batch_tokens", [1, 200, 100_000])
 def test_trees_give_the_losses_of_padded_rows(style, batch_tokens):
-    """Random weights; alone, a few and all in one batch; with GPT-2's own vocabulary, padded, in both
-    styles.
-    """
+    """Random weights; alone, a few, all in one batch; with GPT-2's own vocabulary, padded; both styles."""
     model = tiny_model(block_size=256, vocab_size=50304)
     rows = fixture_rows()
     expected = score_padded_rows(model, rows, style=style)
@@ -186,9 +178,7 @@ def test_trees_give_the_losses_of_padded_rows(style, batch_tokens):
 
 @pytest.mark.parametrize("block_size", [2, 5, 12, 20, 40])
 def test_rows_longer_than_the_block_are_scored_as_padded_rows_are(block_size):
-    """Cropped contexts, cropped endings, and endings that fill the block: same losses, same means, same
-    count.
-    """
+    """Cropped contexts, cropped endings, endings that fill the block: same losses, means and count."""
     model = folded_model(block_size)
     rows = fixture_rows()
     examples = make_examples(rows, model)
@@ -254,9 +244,7 @@ def test_a_model_that_loves_the_right_ending_scores_100_percent():
 
 
 def test_acc_and_acc_norm_differ_where_the_right_ending_is_long():
-    """Two likely words against one a little less likely: the mean picks the long one, the sum the short
-    one.
-    """
+    """Two likely words against one a little less likely: the mean picks the long one, the sum the short."""
     row = dict(HELLO, endings=["cats cats", "dogs", "trees trees", "stones stones"], label=0)
     cats, dogs = (int(GPT2Tokenizer().encode(word)[0]) for word in (" cats", " dogs"))
     model = Lover({cats: 9.0, dogs: 8.0})
@@ -286,9 +274,7 @@ def test_an_evaluation_leaves_the_model_as_it_was():
 
 
 def test_the_harness_wording_is_that_of_its_source():
-    """Activity in front, second sentence capitalised and lowered, brackets gone, their spaces left as they
-    fall.
-    """
+    """Activity in front, second sentence capitalised and lowered, brackets gone, their spaces left."""
     rows = fixture_rows()
     context, endings = harness_text(rows[2])
     assert context == "Home and Garden: How to water a cactus. Wait until the soil is dry."
@@ -299,9 +285,7 @@ def test_the_harness_wording_is_that_of_its_source():
 
 
 def test_lm_eval_divides_by_characters_and_completion_by_tokens():
-    """The ending with the lowest loss per character may have a higher one per token; both are chosen
-    correctly.
-    """
+    """The lowest loss per character may be a higher one per token: each rule chooses its own ending."""
     row = dict(
         HELLO,
         ctx_a="Hello, I'm a",
@@ -318,9 +302,7 @@ def test_lm_eval_divides_by_characters_and_completion_by_tokens():
 
 
 def test_context_and_ending_apart_are_the_tokens_of_the_whole():
-    """The harness tokenizes both at once; with GPT-2's words, which begin with their space, that is the
-    same.
-    """
+    """The harness tokenizes both at once; as GPT-2's words begin with their space, that is the same."""
     tokenizer = GPT2Tokenizer()
     # "[title]" at the end of the context leaves a space there.
     trailing_space = dict(HELLO, activity_label="Talk", ctx_a="Hi [title]", ctx_b="")

@@ -151,9 +151,7 @@ def test_the_file_is_downloaded_once(serve, tmp_path):
 
 @pytest.mark.parametrize("bad", [404, 429, b"<html>200, but sorry</html>", "truncated", "one byte changed"])
 def test_a_bad_download_is_tried_once_more(serve, tmp_path, bad):
-    """Error pages, a body cut short without a word, a wrong byte: found by checksum, then the other
-    address.
-    """
+    """Error pages, a body cut short without a word, a wrong byte: the checksum finds it; then the mirror."""
     data = FIXTURE.read_bytes()
     bad = {"truncated": data[:-100], "one byte changed": data[:-9] + b"X" + data[-8:]}.get(bad, bad)
     server = serve(bad, data)
@@ -163,9 +161,7 @@ def test_a_bad_download_is_tried_once_more(serve, tmp_path, bad):
 
 @pytest.mark.parametrize("bad", [404, b"half"])
 def test_two_bad_downloads_are_an_error_that_says_where_to_put_the_file(serve, tmp_path, bad):
-    """Exactly two tries, nothing that looks like data left behind, and the hint names folder, flag,
-    variable.
-    """
+    """Exactly two tries, nothing left that looks like data; the hint names folder, flag and variable."""
     server = serve(bad)
     with pytest.raises(UserError, match="cannot download hellaswag_val.jsonl") as caught:
         find_or_download(tmp_path, "val")
@@ -201,8 +197,7 @@ with distributed.start(torch.device("cpu"), 60) as dist:
 
 
 def test_two_ranks_count_what_one_rank_counts(serve, tmp_path):
-    """Seven examples, four on one rank and three on the other: the same counts on both, as many polls, one
-    download; and where one rank cannot read, both are told."""
+    """Seven examples, four here and three there: equal counts, as many polls, one download, shared errors."""
     data = FIXTURE.read_bytes()
     server = serve(data)
     script, folder = tmp_path / "driver.py", tmp_path / "data"
@@ -243,8 +238,10 @@ def save_checkpoint(folder: Path, model: GPT, tokenizer_state: dict) -> Path:
 
 
 def test_the_script_prints_and_writes_what_padded_rows_give(checkpoint, tmp_path):
-    """Both styles in one run: a line an example in file order with the losses of the plain form, and
-    accuracies, fractions of four decimals with their standard errors, that follow from the lines."""
+    """Both styles in one run: a line an example, in file order, and the accuracies that follow from them.
+
+    The losses are those of the plain form; accuracies are fractions of four decimals with standard errors.
+    """
     output = tmp_path / "results.jsonl"
     process = run(
         "eval_hellaswag.py", "--model_name", checkpoint, "-d", "cpu", "--dtype", "float32", "--style", "both",
@@ -286,9 +283,7 @@ def test_an_unlabelled_split_needs_a_file_for_its_predictions(checkpoint, tmp_pa
 
 
 def test_what_the_user_must_change_is_said_in_two_lines(checkpoint, tmp_path):
-    """No data and no network, a model of characters, a malformed line, a folder for --output that is not
-    there.
-    """
+    """No data and no network, a character model, a malformed line, an --output in a folder not there."""
     folder = tmp_path / "chars"
     folder.mkdir()
     characters = save_checkpoint(folder, tiny_model(), {"name": "char", "characters": "abc"})
@@ -309,9 +304,7 @@ def test_what_the_user_must_change_is_said_in_two_lines(checkpoint, tmp_path):
 
 
 def test_a_folder_of_transformers_is_read_with_its_own_tokenizer(tmp_path, monkeypatch):
-    """Files of another tokenizer beside the weights are used; without any, and with GPT-2's own, it is
-    GPT-2's BPE.
-    """
+    """Files of another tokenizer beside the weights are used; without any, or with GPT-2's: GPT-2's BPE."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

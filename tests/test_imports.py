@@ -16,9 +16,7 @@ MODULES = sorted(
 
 
 def test_importing_every_module_leaves_an_empty_folder_empty(tmp_path):
-    """No file, no output, no process group, and the slow libraries stay out: in a folder that is not the
-    project's.
-    """
+    """No file, no output, no process group, no slow library: in a folder that is not the project's."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import importlib\n"
         f"for name in {MODULES!r}: importlib.import_module(name)\n"
@@ -27,15 +25,13 @@ def test_importing_every_module_leaves_an_empty_folder_empty(tmp_path):
         "slow = {'transformers', 'datasets', 'matplotlib', 'tiktoken', 'pyarrow', 'torch._dynamo'}\n"
         "assert not slow & set(sys.modules), slow & set(sys.modules)\n"
     )
-    before = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    status = dict(args=["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    before = subprocess.run(**status).stdout
     process = run("-c", code, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stdout == process.stderr == ""
     assert list(tmp_path.iterdir()) == []
-    assert (
-        subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
-        == before
-    )
+    assert subprocess.run(**status).stdout == before
 
 
 BLOCK_IMPORTS = """
@@ -69,13 +65,10 @@ def test_help_needs_torch_and_numpy_only(script):
 
 
 def test_training_without_tiktoken_and_matplotlib_uses_characters(text_file, tmp_path):
-    """41: Without the optional packages a run still works: characters instead of BPE, with a warning, and no
-    plot.
-    """
-    flags = (
-        "--preset tiny --n-embd 16 --n-head 2 --n-layer 1 --max-steps 2 --seq-len 16 --micro-batch 2".split()
-    )
-    flags += ["--total-batch-tokens", "32", "--data", str(text_file), "--log-dir", str(tmp_path / "log")]
+    """41: Without the optional packages a run works: characters for BPE, with a warning, and no plot."""
+    flags = "--preset tiny --n-embd 16 --n-head 2 --n-layer 1 --max-steps 2 --seq-len 16".split()
+    flags += "--micro-batch 2 --total-batch-tokens 32".split()
+    flags += ["--data", str(text_file), "--log-dir", str(tmp_path / "log")]
     code = BLOCK_IMPORTS.format(
         blocked=("transformers", "datasets", "matplotlib", "tiktoken"),
         argv=["train_gpt.py", *flags],

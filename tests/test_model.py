@@ -38,9 +38,7 @@ def test_embedding_and_head_are_one_tensor():
 
 
 def test_every_initial_standard_deviation():
-    """Weights start at 0.02, residual projections at 0.02 / sqrt(2 L), biases at 0, normalisations at 1 and
-    0.
-    """
+    """Weights start at 0.02, residual projections at 0.02 / sqrt(2 L), biases at 0, norms at 1 and 0."""
     torch.manual_seed(0)
     config = GPTConfig(block_size=256, vocab_size=2048, n_layer=8, n_head=4, n_embd=256)
     for name, parameter in GPT(config).named_parameters():

@@ -1,6 +1,4 @@
-"""The README cannot lie: every command in it is run here, shortened by flags, or stands in a list that says
-why it is not.
-"""
+"""The README cannot lie: every command in it is run here, shortened, or in a list that says why not."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ NOT_HERE = {
     "python generate.py -m gpt2-xl": "downloads OpenAI's weights",
     "python eval_hellaswag.py -m gpt2 -d cuda": "downloads OpenAI's weights",
     "python train_gpt.py --data book.txt --init-from gpt2": "downloads OpenAI's weights",
-    "until python train_gpt.py": "a loop around commands that test_resume.py runs",
+    "until python train_gpt.py": "a loop around commands that test_resume_signals.py runs",
 }
 SMALL = "--n-layer 1 --n-head 2 --n-embd 16 --max-steps 2 --sample-every 2 --hellaswag-every 0".split()
 TINY = "--seq-len 16 --micro-batch 2 --total-batch-tokens 32".split()

@@ -256,17 +256,8 @@ def test_spawned_workers_give_the_same_bytes_and_kills_change_nothing(tmp_path):
     """Builds of two processes, killed by SIGKILL at random moments until one ends; all files are compared."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(3000))
     build(tmp_path / "whole", source, **{"shard-tokens": 20_000})
-    command = [
-        SCRIPT,
-        "--input",
-        source,
-        "--shard-tokens",
-        20_000,
-        "--num-workers",
-        2,
-        "--output-dir",
-        tmp_path / "killed",
-    ]
+    command = [SCRIPT, "--input", source, "--shard-tokens", 20_000, "--num-workers", 2]
+    command += ["--output-dir", tmp_path / "killed"]
     draw, kills = random.Random(5), 0
     for attempt in range(12):
         child = subprocess.Popen(

@@ -1,10 +1,8 @@
-"""Checkpoints: written so that a crash leaves the old file or the new one, and read so that a bad file does
-no harm.
+"""Checkpoints: a crash while writing leaves the old file or the new one, reading a bad file does no harm.
 
 `model_{step:05d}.pt` holds what one shares: weights, configuration, tokenizer; `optimizer_{step:05d}.pt` what
 resuming also needs. Both hold plain values and tensors only, so `torch.load(..., weights_only=True)` reads
-them,
-and names of weights carry no `module.` or `_orig_mod.`.
+them, and names of weights carry no `module.` or `_orig_mod.`.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import torch
 
 from utils.distributed import environment_rank
 from utils.errors import UserError
-from utils.files import sync_folder
+from utils.files import sync_folder, temporary_name
 from utils.foreign_checkpoints import conversion_command, convert, is_foreign
 
 FORMAT, VERSION = "minigpt-ckpt", 1
@@ -113,7 +111,7 @@ def prune(
     """Deletes old checkpoints, after a new one is safe.
 
     Kept: the newest `keep_pairs` pairs, models at multiples of `keep_every`, the final model, and what this
-        run resumed from.
+    run resumed from.
     """
     pairs = [path for path in model_files(log_dir) if state_path(path).exists()]
     recent = set(pairs[-keep_pairs:])
@@ -160,7 +158,7 @@ def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:
 
     Saving a step again therefore never leaves one file of the new pair beside one of the old.
     """
-    temporary = {path: path.with_name(f".{path.name}.tmp-{os.getpid()}") for path in contents}
+    temporary = {path: temporary_name(path) for path in contents}
     try:
         for path, content in contents.items():
             with open(temporary[path], "wb") as file:

@@ -1,12 +1,10 @@
 """Tokens for training: one logical stream, cut into windows, each an example exactly once an epoch.
 
 A stream is a row of tokens with random access: `TextStream` holds a text file in memory, `utils/shards.py`
-reads a folder.
-Window w of a stream is tokens [w*T, w*T + T], T inputs and the T targets that follow them by one. Step s
-trains on windows
-[s*W, (s+1)*W) of the epoch order whatever the number of ranks, the micro-batch or the accumulation, so the
-position in the data is
-a pure function of the windows trained so far: there is no loader state to save or to lose.
+reads a folder. Window w of a stream is tokens [w*T, w*T + T], T inputs and the T targets that follow them by
+one. Step s trains on windows [s*W, (s+1)*W) of the epoch order whatever the number of ranks, the micro-batch
+or the accumulation, so the position in the data is a pure function of the windows trained so far: there is no
+loader state to save or to lose.
 
 Shapes: B micro-batch, T time, W windows of a step.
 """
@@ -163,9 +161,9 @@ class WindowLoader:
     def window_at(self, number: int) -> int:
         """The window that training sees as its `number`-th, counted from 0 and through all epochs."""
         epoch, place = divmod(number, self.windows_per_epoch)
-        return (
-            place if self.seed is None else int(epoch_order(self.windows_per_epoch, self.seed, epoch)[place])
-        )
+        if self.seed is None:
+            return place
+        return int(epoch_order(self.windows_per_epoch, self.seed, epoch)[place])
 
     def numbers_of_batch(self, first: int, micro_step: int) -> range:
         """Numbers of the windows in this rank's batch, in a step that starts with window number `first`.
@@ -187,8 +185,7 @@ class WindowLoader:
         return rows[:, :-1], rows[:, 1:]
 
     def train_batches(self, first: int, windows_per_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's batches, endlessly, from window number `first` on; the next one is prepared while one
-        is in use.
+        """This rank's batches from window `first` on, endlessly; the next is prepared while one is in use.
 
         Args:
             first: windows trained so far.
@@ -223,8 +220,7 @@ class WindowLoader:
 
         Yields:
             batches; the last may have fewer rows. All ranks get equally many items, None where there is
-            nothing left, so that
-            what ranks do together after each item stays in step.
+            nothing left, so that what ranks do together after each item stays in step.
         """
         total = self.num_val_windows(num_tokens)
         for round_start in range(0, total, self.micro_batch * self.world_size):

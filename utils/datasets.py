@@ -26,7 +26,7 @@ class Source(NamedTuple):
     """Where the data comes from.
 
     kind: "shards", "text", "download" (fetched to `path` before use) or "pydoc" (Python's own documentation,
-        no file).
+    no file).
     """
 
     kind: str
@@ -48,9 +48,7 @@ def choose_source(requested: str | None) -> Source:
 
 
 def fetch(source: Source, dist: Distributed) -> Source:
-    """Gets Tiny Shakespeare where that was chosen, once a machine, and falls back to Python's documentation
-    without a network.
-    """
+    """Gets Tiny Shakespeare where chosen, once a machine; without a network, Python's documentation."""
     if source.kind != "download":
         return source
     if dist.local_rank == 0 and not source.path.exists():

@@ -1,9 +1,7 @@
-"""One process or many: the only reader of torchrun's variables. Alone, every collective is a no-op, so
-callers never ask.
+"""One process or many: the only reader of torchrun's variables. Alone, every collective is a no-op.
 
-NCCL between GPUs, gloo between CPUs. Flags and small Python values travel over a second, gloo group on the
-CPU, so they cost no
-device synchronisation.
+So no caller asks which it is. NCCL between GPUs, gloo between CPUs. Flags and small Python values travel over
+a second, gloo group on the CPU, so they cost no device synchronisation.
 """
 
 from __future__ import annotations
@@ -136,8 +134,7 @@ class Distributed:
         """The module to train through: DistributedDataParallel, or the model itself when alone.
 
         Gradients live in the buckets that are sent (`gradient_as_bucket_view`), and buckets of 25 MB let the
-        exchange of the last
-        layers overlap the backward pass through the first ones.
+        exchange of the last layers overlap the backward pass through the first ones.
         """
         if self.is_alone:
             return model
@@ -150,8 +147,7 @@ class Distributed:
         """One backward pass whose gradients are thrown away, before the first step of every run.
 
         After its first exchange DDP rebuilds its buckets in the order in which gradients arrive, and sums in
-        another order from
-        then on. So a resumed run would differ from an uninterrupted one in its first step.
+        another order from then on. So a resumed run would differ from an uninterrupted one in its first step.
         """
         if self.is_alone:
             return
@@ -162,9 +158,7 @@ class Distributed:
         trained_model.zero_grad(set_to_none=True)
 
     def exchange_gradients(self, model: nn.Module, now: bool):
-        """Context for forward *and* backward of a micro-step: gradients are exchanged only where `now` is
-        true.
-        """
+        """Context for forward *and* backward of a micro-step: gradients are exchanged only if `now`."""
         return contextlib.nullcontext() if now or self.is_alone else model.no_sync()
 
 

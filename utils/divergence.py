@@ -1,6 +1,4 @@
-"""When a run leaves the road: losses that are no numbers end it, single spikes of the gradient can be
-skipped.
-"""
+"""When a run leaves the road: a loss that is no number ends it, a spike of the gradient can be skipped."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """What a user sees when something is wrong: one `error:` line, one `hint:` line, an exit code.
 
 Exit codes of every script: 0 the work is complete; 1 unexpected exception (a traceback); 2 the user must
-change something
-(flag, file, device, missing resource); 3 the run diverged; 130 / 143 stopped by SIGINT / SIGTERM.
+change something (flag, file, device, missing resource); 3 the run diverged; 130 / 143 stopped by SIGINT /
+SIGTERM.
 """
 
 from __future__ import annotations

@@ -41,15 +41,12 @@ PUBLISHED = {
 
 
 def choose_directory(requested: str | Path | None) -> Path:
-    """Where the files are: `--hellaswag-dir`, else HELLASWAG_DIR of the environment, else hellaswag/ beside
-    the code.
-    """
+    """Where the files are: `--hellaswag-dir`, else $HELLASWAG_DIR, else hellaswag/ beside the code."""
     return Path(requested or os.environ.get("HELLASWAG_DIR") or DEFAULT_DIR)
 
 
 def find_or_download(directory: Path, split: str) -> Path:
-    """The file of a split ("train", "val" or "test"). One process downloads it, others that ask meanwhile
-    wait.
+    """The file of a split ("train", "val" or "test"). One process downloads it while others wait.
 
     A file that is there is returned as it is: somebody put it there, or an earlier download was checked.
 
@@ -177,8 +174,6 @@ def harness_text(row: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def _without_brackets(text: str) -> str:
-    """Steps in the harness's order, each of which shows in the result: "[title]" ends a sentence, others
-    vanish.
-    """
+    """Each step in the harness's order, as the result shows it: "[title]" ends a sentence, others vanish."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")

@@ -44,9 +44,7 @@ def crop_rows(
 
 
 class Example(NamedTuple):
-    """A tokenized example as a prefix tree in one row: each distinct beginning of its four rows is one
-    position.
-    """
+    """A tokenized example as a prefix tree in one row: each distinct beginning of its rows is a position."""
 
     index: int  # row of the file, from 0
     label: int | None
@@ -124,8 +122,8 @@ def load_examples(
         directory: None for the default (see `choose_directory`).
         limit: the first so many examples, or None for all.
         block_size: of the model.
-        dist: the ranks that all call this; one process a machine downloads. Either all of them return or
-            all raise.
+        dist: the ranks that all call this; one process a machine downloads. Either all of them return or all
+            raise.
         say: is given one line about the file.
 
     Raises:
@@ -163,9 +161,7 @@ def examples_for_training(args: Namespace, tokenizer, block_size: int, dist: Dis
 
 
 def _all_or_none(dist: Distributed, action: Callable[[], Any]) -> Any:
-    """Does something on this rank; if it failed on any, raises UserError on all, so that none waits for the
-    others.
-    """
+    """Does something on this rank; if it failed on any, raises UserError on all, so that none waits."""
     result, error = None, None
     try:
         result = action()

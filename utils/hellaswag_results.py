@@ -1,16 +1,14 @@
-"""What a HellaSwag evaluation leaves: accuracies with their errors, a line an example, and the comparison
-of two.
-"""
+"""What a HellaSwag evaluation leaves: accuracies with their errors, a line an example, comparisons."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 from utils.errors import UserError
+from utils.files import temporary_name, whole_file
 
 
 class Accuracy(NamedTuple):
@@ -93,16 +91,12 @@ def merge_styles(records: dict[str, list[dict]]) -> list[dict]:
 
 def check_writable(path: Path) -> None:
     """Raises UserError now if `write_results` could not write later; an existing file is untouched."""
-    probe = _temporary(path)
+    probe = temporary_name(path)
     try:
         probe.open("w").close()
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "give --output another file") from error
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
 def write_results(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -111,17 +105,12 @@ def write_results(path: Path, records: Sequence[dict[str, Any]]) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    temporary = _temporary(path)
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with whole_file(path) as file:
             for record in records:
                 file.write(json.dumps(record) + "\n")
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "give --output another file") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -149,10 +138,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def mcnemar_p_value(only_a: int, only_b: int) -> float:
     """Exact two-sided p-value of McNemar's paired test.
 
-    Only examples that one model gets right and the other wrong tell them apart. If neither is better, each
-    of these
-    is a fair coin: the p-value is the chance of a split at least as uneven. Whole numbers until the last
-        division, so any count is exact.
+    Only examples that one model gets right and the other wrong tell them apart. If neither is better, each of
+    these is a fair coin: the p-value is the chance of a split at least as uneven. Whole numbers until the
+    last division, so any count is exact.
     """
     tosses = only_a + only_b
     tail = sum(math.comb(tosses, heads) for heads in range(min(only_a, only_b) + 1))

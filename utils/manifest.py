@@ -7,7 +7,6 @@ any moment goes on where its last finished shard ends, and any shard can be chec
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -15,8 +14,8 @@ import numpy as np
 
 from utils.corpus import Position
 from utils.errors import UserError
-from utils.files import sha256_of, sync_folder
-from utils.shard_format import find_shards, read_header, shard_name, temporary_name
+from utils.files import sha256_of, whole_file
+from utils.shard_format import find_shards, read_header, shard_name, unfinished_name
 
 FILE_NAME = "manifest.json"
 FORMAT, VERSION = "minigpt-shards", 1
@@ -68,16 +67,8 @@ class Manifest:
             "tokens": self.num_tokens,
             "shards": self.shards,
         }
-        temporary = temporary_name(path)
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(self.folder)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, temporary=unfinished_name(path), durable=True) as file:
+            json.dump(content, file, indent=1)
 
     @property
     def num_tokens(self) -> int:

@@ -3,8 +3,8 @@
 The account of tensors is the same for CPU and CUDA. On a CPU the rests that its allocator cannot reuse come
 on top. What belongs to no tensor of ours is left out: libraries' work areas, Python itself.
 
-Shapes: B batch, T time, C channels, H heads, L layers, V vocabulary, N = B * T rows,
-R rows of a chunk of logits.
+Shapes: B batch, T time, C channels, H heads, L layers, V vocabulary, N = B * T rows, R rows of a chunk of
+logits.
 """
 
 from __future__ import annotations

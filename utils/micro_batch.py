@@ -19,8 +19,7 @@ OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  #
 
 
 def choose(args: Namespace, model, dist: Distributed, dtype: torch.dtype, fallback: int) -> runtime.Decision:
-    """The micro-batch for `auto`: that of the run that is resumed, or the largest that fits, or `fallback` on
-    a CPU.
+    """The micro-batch for `auto`: that of the resumed run, or the largest that fits, or `fallback` on a CPU.
 
     The smallest answer of all ranks wins. Weights are as before when it returns.
     """
@@ -71,9 +70,7 @@ def out_of_memory(B: int, step: int) -> UserError:
 
 
 def _real_step(model, args: Namespace, device: torch.device, dtype: torch.dtype, B: int) -> None:
-    """Forward, backward and update of B random rows on the bare module: no collective, so ranks need not
-    agree.
-    """
+    """Forward, backward and update of B random rows on the bare module: no collective, ranks may differ."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     optimizer = model.configure_optimizers(args.weight_decay, 0.0, device.type, is_master_process=False)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Sequence
 
 from utils.command_line import ArgumentParser
 from utils.errors import UserError, run_script
+from utils.files import whole_file
 from utils.hellaswag_results import PUBLISHED_GPT2
 
 # Accuracy (acc_norm, completion style) of the models that a 124M run is measured against.
@@ -96,12 +96,8 @@ def save_picture(figure, path: Path) -> Path:
     """Writes a PNG under a temporary name first: a viewer never sees half a picture. Returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        FigureCanvasAgg(figure).print_png(str(temporary))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path, "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
     return path
 
 

@@ -5,13 +5,13 @@ python -m utils.report log
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from utils.command_line import ArgumentParser
 from utils.errors import UserError, run_script
+from utils.files import whole_file
 from utils.hellaswag_results import standard_error
 from utils.plotting import HELLASWAG_REFERENCES, read_log, read_metrics
 from utils.run_log import format_duration, perplexity
@@ -44,9 +44,8 @@ def write_report(log_dir: Path) -> Path:
         table("Settings", starts[-1]["settings"]),
     ]
     path = log_dir / "report.md"
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    temporary.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        file.write("\n\n".join(filter(None, sections)) + "\n")
     return path
 
 

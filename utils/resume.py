@@ -31,17 +31,8 @@ from utils.run_dir import archive_run, cut_logs_back, log_sizes
 FIXED = ("seq_len", "seed", "shuffle")
 # A change of these makes another run of it, which a user may want: it is listed and used.
 NUMERICS = (
-    *(
-        "total_batch_tokens",
-        "micro_batch",
-        "max_steps",
-        "warmup_steps",
-        "max_lr",
-        "min_lr",
-        "weight_decay",
-        "grad_clip",
-    ),
-    *("dtype", "compile", "deterministic", "skip_spikes", "val_tokens"),
+    *("total_batch_tokens", "micro_batch", "max_steps", "warmup_steps", "max_lr", "min_lr", "weight_decay"),
+    *("grad_clip", "dtype", "compile", "deterministic", "skip_spikes", "val_tokens"),
 )
 
 
@@ -239,11 +230,9 @@ def check_same_run(run, path: Path, model: dict, state: dict) -> list[str]:
     changed = [
         f"{key} {saved[key]} -> {args[key]}" for key in NUMERICS if key in saved and saved[key] != args[key]
     ]
-    warnings = (
-        [f"warning: settings have changed: {', '.join(changed)}; going on with the new ones"]
-        if changed
-        else []
-    )
+    warnings = []
+    if changed:
+        warnings.append(f"warning: settings have changed: {', '.join(changed)}; going on with the new ones")
     before, now = state["environment"], environment(run.dist)
     other = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if other:
@@ -282,9 +271,7 @@ def restore(run, progress: Progress, model: dict | None, state: dict | None) -> 
 
 
 def _restore_optimizer(run, saved: dict | None) -> None:
-    """Loads the optimizer's moments; its settings stay those of this run (loading would bring the old ones
-    back).
-    """
+    """Loads the optimizer's moments; its settings stay those of this run, not the checkpoint's."""
     dist, optimizer = run.dist, run.optimizer
     settings = [
         {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
@@ -312,9 +299,8 @@ def _restore_optimizer(run, saved: dict | None) -> None:
 
 
 def _allocate(value):
-    return (
-        torch.zeros(value[1], dtype=value[2]) if isinstance(value, tuple) and value[0] == "tensor" else value
-    )
+    is_tensor = isinstance(value, tuple) and value[0] == "tensor"
+    return torch.zeros(value[1], dtype=value[2]) if is_tensor else value
 
 
 def _group_indices(optimizer: torch.optim.Optimizer) -> list[list[int]]:

@@ -1,6 +1,4 @@
-"""The log directory of a run: one writer at a time, and nothing in it is ever truncated or overwritten by the
-next run.
-"""
+"""The log directory of a run: one writer at a time, and nothing in it is truncated or overwritten later."""
 
 from __future__ import annotations
 

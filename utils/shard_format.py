@@ -8,7 +8,6 @@ torch, so that the processes which build shards start fast.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Iterable, NamedTuple
@@ -16,7 +15,7 @@ from typing import Iterable, NamedTuple
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import sync_folder
+from utils.files import whole_file
 
 REBUILD_HINT = "rebuild it: delete the file and run build_fineweb_edu_shards.py again, or copy it once more"
 DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
@@ -74,11 +73,9 @@ def read_header(path: Path) -> Shard:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            one_byte_size = version == (1, 0)
-            read = (
-                np.lib.format.read_array_header_1_0 if one_byte_size else np.lib.format.read_array_header_2_0
-            )
+            npy = np.lib.format
+            is_old = npy.read_magic(file) == (1, 0)
+            read = npy.read_array_header_1_0 if is_old else npy.read_array_header_2_0
             shape, _, dtype = read(file)
             data_offset = file.tell()
     except OSError as error:
@@ -109,29 +106,21 @@ def write_shard(path: Path, arrays: Iterable[np.ndarray], num_tokens: int) -> st
     Raises:
         OSError: the disk is full or the like; the temporary file is gone, an earlier `path` untouched.
     """
-    temporary = temporary_name(path)
     digest = hashlib.sha256()
-    try:
-        with open(temporary, "w+b") as file:
-            header = {"descr": DTYPES[0].str, "fortran_order": False, "shape": (num_tokens,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.seek(0)
-            digest.update(file.read())
-            for array in arrays:
-                piece = np.ascontiguousarray(array, dtype=DTYPES[0])
-                file.write(piece.data)
-                digest.update(piece.data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path, "w+b", temporary=unfinished_name(path), durable=True) as file:
+        header = {"descr": DTYPES[0].str, "fortran_order": False, "shape": (num_tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.seek(0)
+        digest.update(file.read())
+        for array in arrays:
+            piece = np.ascontiguousarray(array, dtype=DTYPES[0])
+            file.write(piece.data)
+            digest.update(piece.data)
     return digest.hexdigest()
 
 
-def temporary_name(path: Path) -> Path:
-    """The name under which a file is written before it is whole; it matches no pattern for shards."""
+def unfinished_name(path: Path) -> Path:
+    """The name of a file of a build before it is whole: the same in every build, and that of no shard."""
     return path.with_name(f".{path.name}.tmp")
 
 

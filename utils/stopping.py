@@ -1,6 +1,4 @@
-"""Stopping on a signal: the handlers only set a flag, the loop polls it, and all ranks agree before any of
-them leaves.
-"""
+"""Stopping on a signal: handlers only set a flag, the loop polls it, all ranks agree before any leaves."""
 
 from __future__ import annotations
 
@@ -63,8 +61,7 @@ class StopSignals:
         Every rank must call it equally often: it is a collective, over the control group.
         """
         # Killed, torchrun leaves its workers behind, and they would go on writing. A process started by hand
-        # keeps on when its
-        # shell goes: that is what nohup is for.
+        # keeps on when its shell goes: that is what nohup is for.
         if launched_by_torchrun() and os.getppid() != self.parent and not self.received:
             self.received = signal.SIGTERM
         agreed = int(self.dist.max_number(self.received))

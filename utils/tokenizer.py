@@ -23,9 +23,8 @@ import numpy as np
 from utils.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-PADDED_GPT2_VOCAB = (
-    50304  # 393 x 128: matrix products like multiples of 128; the 47 extra words are never sampled
-)
+# 393 x 128: matrix products like multiples of 128; the 47 extra words are never sampled.
+PADDED_GPT2_VOCAB = 50304
 MERGES_PATH = Path(__file__).with_name("gpt2_bpe") / "vocab.bpe.xz"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # pinned by tiktoken, too
 # How GPT-2 cuts text into pieces before it merges bytes, with possessive quantifiers (++): same pieces, no
@@ -142,8 +141,7 @@ def load_merges(path: Path = MERGES_PATH) -> dict[bytes, int]:
             "restore the file: git checkout -- utils/gpt2_bpe",
         )
     # The file writes each byte as a printable character: printable bytes as themselves, the other 68 as
-    # U+0100 onwards.
-    # Ids 0..255 are the bytes in that order, printable ones first.
+    # U+0100 onwards. Ids 0..255 are the bytes in that order, printable ones first.
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

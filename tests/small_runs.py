@@ -1,0 +1,102 @@
+"""Runs of the training script that take a second: their settings, ways to end them and to compare them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import train_gpt
+from utils import resume
+
+TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps on.\n"
+TINY = (  # what every small run has, and may override by flags that follow
+    *("--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--tokenizer", "char", "--max-lr", "1e-2"),
+    *("--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--seq-len", "16"),
+)
+# A run to stop and resume: two windows short of 15 steps an epoch, so that 20 steps cross its end in the
+# middle of one.
+RESUMABLE = (
+    *(*TINY, "--micro-batch", "2", "--total-batch-tokens", "64", "--max-steps", "20", "--warmup-steps", "2"),
+    *("--val-every", "4", "--sample-every", "5", "--checkpoint-every", "3", "--keep-every", "6"),
+)
+# A run to look at.
+SMALL = (
+    *(*TINY, "--micro-batch", "4", "--total-batch-tokens", "128"),
+    *("--val-every", "10", "--sample-every", "15", "--checkpoint-every", "10"),
+)
+
+
+def small_args(text_file, log_dir, *flags) -> list[str]:
+    """Arguments of train_gpt.py for a run to look at."""
+    return [*SMALL, "--data", str(text_file), "--log-dir", str(log_dir), *flags]
+
+
+class Killed(BaseException):
+    """Ends a run in this process as abruptly as SIGKILL ends a process: nothing catches it."""
+
+
+def train(text_file: Path, log_dir: Path, *flags: str) -> int:
+    """A run to stop and resume, in this process; its exit code."""
+    return train_gpt.main([*RESUMABLE, "--data", str(text_file), "--log-dir", str(log_dir), *flags])
+
+
+def home_of(name: str):
+    """The module through which the loop calls a function."""
+    return resume if name == "save" else train_gpt
+
+
+def kill_in(monkeypatch, name: str, when) -> None:
+    """Kills the run inside the training script's function `name` when `when(arguments)` first holds."""
+    module = home_of(name)
+    real = getattr(module, name)
+
+    def deadly(*args, **kwargs):
+        if when(args):
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, deadly)
+
+
+def stop_by_signal_in(monkeypatch, name: str, number: int, at_call: int) -> None:
+    """Sends this process a signal at the start of a function of the training script."""
+    module = home_of(name)
+    real, calls = getattr(module, name), []
+
+    def signalled(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at_call:
+            os.kill(os.getpid(), number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, signalled)
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint file, by its place."""
+
+    def walk(value, place):
+        if isinstance(value, torch.Tensor):
+            yield place, value
+        elif isinstance(value, dict):
+            for key in value:
+                yield from walk(value[key], f"{place}.{key}")
+
+    return dict(walk(torch.load(path, weights_only=True), path.name))
+
+
+def assert_same_run(log_dir: Path, expected: Path, step: int = 20) -> None:
+    """log.txt and samples.txt byte for byte; weights, moments and step counts bit for bit."""
+    for name in ("log.txt", "samples.txt"):
+        assert (log_dir / name).read_bytes() == (expected / name).read_bytes(), name
+    for name in (f"model_{step:05d}.pt", f"optimizer_{step:05d}.pt"):
+        ours, theirs = tensors_of(log_dir / name), tensors_of(expected / name)
+        assert ours.keys() == theirs.keys() and len(ours) > 20
+        for place in theirs:
+            if ".rng." not in place:
+                assert torch.equal(ours[place], theirs[place]), place
+    records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(step))

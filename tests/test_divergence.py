@@ -1,0 +1,102 @@
+"""When a run leaves the road: spikes are skipped, what is not finite ends the run or is not sampled from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import train_gpt
+from tests.small_runs import small_args, train
+from utils.divergence import WINDOW, SpikeFilter
+from utils.errors import Diverged
+
+
+def test_a_spike_is_an_outlier_of_128_accepted_norms():
+    """27: no decision before 128 norms; an outlier is skipped and judges no later one; state comes back."""
+    spikes = SpikeFilter(5.0)
+    for i in range(WINDOW):
+        assert spikes.accepts(1.0 + 0.1 * (i % 2) + (99.0 if i == 3 else 0.0))
+    spikes = SpikeFilter(5.0)
+    for i in range(WINDOW):
+        assert spikes.accepts(1.0 + 0.1 * (i % 2))
+    assert not spikes.accepts(10.0) and not spikes.accepts(10.0)
+    assert spikes.accepts(1.2) and spikes.num_skipped == 2
+    again = SpikeFilter(5.0)
+    again.load_state_dict(json.loads(json.dumps(spikes.state_dict())))
+    assert again.state_dict() == spikes.state_dict() and not again.accepts(10.0)
+    assert SpikeFilter(0.0).accepts(1e30)
+
+
+def test_too_many_spikes_end_the_run():
+    """27: more than ten of a hundred are no single spikes."""
+    spikes = SpikeFilter(5.0)
+    for i in range(WINDOW):
+        spikes.accepts(1.0 + 0.1 * (i % 2))
+    for _ in range(10):
+        assert not spikes.accepts(10.0)
+    with pytest.raises(Diverged, match="11 of the last"):
+        spikes.accepts(10.0)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_skipped_spike_leaves_the_weights_alone(short_text, tmp_path, monkeypatch, capsys):
+    """27: with --skip-spikes the update of an outlier does not happen, and no other is left out."""
+    monkeypatch.setattr("utils.divergence.WINDOW", 4)
+    seen = []
+    real = SpikeFilter.accepts
+    monkeypatch.setattr(
+        SpikeFilter, "accepts", lambda self, norm: seen.append(norm) or (len(seen) != 7 and real(self, norm))
+    )
+    states = []
+    real_update = train_gpt.update
+
+    def watched(run, batches, progress):
+        before = run.model.lm_head.weight.detach().clone()
+        result = real_update(run, batches, progress)
+        states.append(torch.equal(before, run.model.lm_head.weight))
+        return result
+
+    monkeypatch.setattr(train_gpt, "update", watched)
+    assert train(short_text, tmp_path, "--skip-spikes", "1000") == 0
+    assert [i for i, unchanged in enumerate(states) if unchanged] == [6]
+
+
+def test_a_nan_stops_the_run_before_the_update(text_file, tmp_path, monkeypatch):
+    """26: A loss that is not finite is exit code 3, and neither weights nor optimizer have moved."""
+    runs = []
+    real_update = train_gpt.update
+
+    def poisoned(run, batches, progress):
+        if progress.step == 3:
+            with torch.no_grad():
+                run.model.transformer.ln_f.bias[0] = float("nan")
+            runs.append((run, {n: p.clone() for n, p in run.model.state_dict().items()}))
+        return real_update(run, batches, progress)
+
+    monkeypatch.setattr(train_gpt, "update", poisoned)
+    with pytest.raises(
+        Diverged, match="non-finite loss at step 3 .rank 0, micro-step 0, .*text.txt position .*quick"
+    ) as caught:
+        train_gpt.main(small_args(text_file, tmp_path, "--max-steps", "5"))
+    assert caught.value.exit_code == 3
+    state, before = runs[0][0].model.state_dict(), runs[0][1]
+    assert all(torch.equal(state[name].nan_to_num(7), before[name].nan_to_num(7)) for name in before)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_samples_of_a_broken_model_are_skipped(text_file, tmp_path, monkeypatch, capsys):
+    """28: logits that are not finite end the sampling with a line, not the run."""
+    real = train_gpt.write_samples
+
+    def broken(run, log, step):
+        weight = run.model.transformer.ln_f.weight
+        kept = weight.detach().clone()
+        weight.data.fill_(float("nan"))
+        real(run, log, step)
+        weight.data.copy_(kept)
+
+    monkeypatch.setattr(train_gpt, "write_samples", broken)
+    assert train_gpt.main(small_args(text_file, tmp_path, "--max-steps", "2", "--val-every", "0")) == 0
+    assert "generation skipped: non-finite logits" in capsys.readouterr().out
