@@ -385,6 +385,6 @@ def test_the_benchmark_measures_both_and_checks_that_they_agree(tmp_path):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["losses_agree"] and figures["examples"] == figures["same_predictions"] == 3
+    assert figures["agree"] and figures["examples"] == figures["same_predictions"] == 3
     assert figures["ratio"] > 0 and figures["peak_memory_bytes"] > 0 and figures["examples_per_second"] > 0
     assert "mean losses agree" in process.stdout and "ratio" in process.stdout

@@ -1,20 +1,24 @@
-"""Measures the parts of the project: `python -m utils.benchmark PART`, and `python -m utils.benchmark PART
---help`.
+"""Measures the parts of the project: `python -m utils.benchmark PART`, and `... PART --help`.
 
 A part is a module `utils/benchmark_PART.py` with two functions: `add_arguments(parser)` declares its flags,
-and `run(args)` measures and prints; what it returns, a dict of plain values, goes to the file of `--json`,
-where the part has that flag.
+and `run(args)` measures, prints, and returns its figures, a dict of plain values. `figures["agree"]` says
+whether what was compared gave the same results: if not, there is nothing to compare, and the exit code is 1.
 """
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import json
+import platform
 import sys
 from pathlib import Path
 
+import torch
+
 from utils.command_line import ArgumentParser
-from utils.errors import UserError, run_script
+from utils.errors import Unfinished, UserError, run_script
+from utils.runtime import device_name
 
 
 def parts() -> list[str]:
@@ -32,14 +36,24 @@ def main(argv: list[str] | None = None) -> int:
     description = (module.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=f"-m utils.benchmark {part}", description=description)
     module.add_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(argv[1:])
-    figures = module.run(args)
-    if getattr(args, "json", None) is not None:
+    figures = {
+        "part": part,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": device_name(torch.device("cpu")),
+        **module.run(args),
+    }
+    if args.json is not None:
         try:
             args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             what = f"cannot write {args.json}: {error.strerror}"
             raise UserError(what, "give --json another file") from error
+    if not figures["agree"]:
+        raise Unfinished("what was compared gave different results", "see above; the figures mean nothing")
     return 0
 
 

@@ -33,8 +33,11 @@ def add_arguments(parser) -> None:
     parser.add_argument("--runs", type=positive_int, default=3, help="the median counts")
 
 
-def run(args) -> None:
-    """Prints tokens per second, and resident memory before the loader was made and at its highest."""
+def run(args) -> dict:
+    """Prints tokens per second, and resident memory before the loader was made and at its highest.
+
+    Returns the figures.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         draw = np.random.RandomState(1337)
@@ -43,12 +46,20 @@ def run(args) -> None:
             write_shard(folder / shard_name("train", number + 1), blocks, args.shard_tokens)
         before = _peak_megabytes()
         speeds = sorted(_tokens_per_second(folder, args.batches) for _ in range(args.runs))
+        median = speeds[len(speeds) // 2]
         print(
             f"{args.num_shards} shards of {args.shard_tokens:,} tokens, shuffled windows of {SEQ_LEN}: "
-            f"median {speeds[len(speeds) // 2]:,.0f} tokens/s of {args.runs} runs "
+            f"median {median:,.0f} tokens/s of {args.runs} runs "
             f"(lowest {speeds[0]:,.0f}); "
             f"memory {before:,.0f} MB before, {_peak_megabytes():,.0f} MB at most"
         )
+    return {
+        "tokens_per_second": median,
+        "lowest_tokens_per_second": speeds[0],
+        "megabytes_before": before,
+        "peak_megabytes": _peak_megabytes(),
+        "agree": True,  # it is compared with nothing
+    }
 
 
 def _tokens_per_second(folder: Path, num_batches: int) -> float:

@@ -40,8 +40,8 @@ def add_arguments(parser) -> None:
     parser.add_argument("--input", type=Path, help="a parquet file of your own, with a column `text`")
 
 
-def run(args) -> None:
-    """Prints one line a run, then the medians. Raises AssertionError if the two write different bytes."""
+def run(args) -> dict:
+    """Prints one line a run, then the medians. Returns the figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = args.input or write_corpus(folder / "english.parquet", args.megabytes * 1_000_000)
@@ -49,6 +49,7 @@ def run(args) -> None:
         ours += ["--shard-tokens", str(SHARD_TOKENS), "--output-dir"]
         reference = [sys.executable, "-m", "utils.benchmark_shards", str(corpus)]
         seconds: dict[str, list[float]] = {"reference": [], "builder": []}
+        memory, agree = {"reference": 0, "builder": 0}, True
         for number in range(args.runs):
             found = {}
             for label, command in (("reference", reference), ("builder", ours)):
@@ -56,17 +57,26 @@ def run(args) -> None:
                 elapsed, peak = _measure([*command, str(output)])
                 tokens, found[label] = _digest(output)
                 seconds[label].append(elapsed)
+                memory[label] = max(memory[label], peak)
                 print(
                     f"{label:9}  {tokens / elapsed:12,.0f} tokens/s  {elapsed:6.1f} s  {peak / 1e6:5.0f} MB",
                     flush=True,
                 )
-            assert found["reference"] == found["builder"], "the shards differ"
+            agree = agree and found["reference"] == found["builder"]
         medians = {label: statistics.median(values) for label, values in seconds.items()}
+        ratio = medians["reference"] / medians["builder"]
         print(
             f"median of {args.runs}: builder {tokens / medians['builder']:,.0f} tokens/s, "
-            f"reference {tokens / medians['reference']:,.0f}, "
-            f"{medians['reference'] / medians['builder']:.2f}x; identical shards ({tokens:,} tokens)"
+            f"reference {tokens / medians['reference']:,.0f}, {ratio:.2f}x; "
+            f"{'identical shards' if agree else 'the shards DIFFER'} ({tokens:,} tokens)"
         )
+    return {
+        "tokens": tokens,
+        "tokens_per_second": {label: tokens / median for label, median in medians.items()},
+        "ratio": ratio,
+        "peak_memory_bytes": memory,
+        "agree": agree,
+    }
 
 
 def english_paragraphs() -> list[str]:

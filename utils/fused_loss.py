@@ -1,11 +1,9 @@
 """The language model's loss without the (B*T, V) logits.
 
 At 64 x 1024 tokens and 50304 words the logits alone are 13 GB, their softmax and its gradient as much again.
-Here a few hundred
-rows at a time go through projection, softmax, loss *and* gradient, in one buffer that every chunk reuses, and
-only the
-gradients of the hidden states and of the weight are kept. The result is that of `F.cross_entropy(hidden @
-weight.T, targets)`.
+Here some rows at a time go through projection, softmax, loss *and* gradient, in one buffer that every chunk
+reuses, and only the gradients of the hidden states and of the weight are kept. The result is that of
+`F.cross_entropy(hidden @ weight.T, targets)`.
 
 Shapes: N rows (B*T tokens), C channels, V vocabulary, R rows of a chunk.
 """
@@ -19,9 +17,9 @@ from torch import Tensor
 
 IGNORE_INDEX = -100  # F.cross_entropy's default: a row with this target counts for nothing
 
-# Rows of logits that exist at one time. On a CPU the buffer should stay small (256 x 50304 floats are 51 MB),
-# though fewer rows make the matrix products less efficient; a GPU needs larger products to be busy.
-CHUNK_ROWS = {"cpu": 256, "cuda": 8192}
+# Rows of logits that exist at one time. Fewer make the matrix products less efficient, more take memory:
+# 1024 x 50304 floats are 206 MB. A GPU needs larger products to be busy.
+CHUNK_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
 def fused_cross_entropy(
@@ -50,12 +48,10 @@ def fused_cross_entropy(
 def cross_entropy_rows(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
 ) -> Tensor:
-    """Cross-entropy of every row, (N,) float32 in nats, without gradients; zero where the target is
-    IGNORE_INDEX.
-    """
+    """Cross-entropy of every row, (N,) float32 in nats, without gradients; zero for IGNORE_INDEX."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for rows, log_probs, _ in _chunks(hidden, weight, targets, _compute_dtype(hidden), chunk_rows):
-        losses[rows] = _negative_log_likelihood(log_probs, targets[rows])
+    for rows, chunk_losses, _, _ in _chunks(hidden, weight, targets, _compute_dtype(hidden), chunk_rows):
+        losses[rows] = chunk_losses
     return losses
 
 
@@ -69,14 +65,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # fp32: the sum runs over all chunks
         low_weight = weight.to(compute_dtype)  # cast once a call, not once a chunk
         counts = targets != IGNORE_INDEX  # (N,)
-        for rows, log_probs, logits in _chunks(hidden, low_weight, targets, compute_dtype, chunk_rows):
-            losses[rows] = _negative_log_likelihood(log_probs, targets[rows])
+        for rows, chunk_losses, probs, logits in _chunks(
+            hidden, low_weight, targets, compute_dtype, chunk_rows
+        ):
+            losses[rows] = chunk_losses
             # d(sum of losses)/d(logits) = softmax - onehot, unscaled: divided by N = 65,536 rows it would
             # vanish in fp16.
-            grad_logits = log_probs.exp_()
-            grad_logits[torch.arange(len(grad_logits), device=hidden.device), targets[rows].clamp(min=0)] -= 1
-            if grad_logits.dtype != compute_dtype:
-                grad_logits = logits.copy_(grad_logits)
+            probs[torch.arange(len(probs), device=hidden.device), targets[rows].clamp(min=0)] -= 1
+            grad_logits = probs if probs.dtype == compute_dtype else logits.copy_(probs)
             # Ignored rows are zeroed in the (R, C) operands, not in the (R, V) one.
             counting = counts[rows].unsqueeze(1)
             torch.mm(grad_logits, low_weight, out=grad_hidden[rows]).mul_(counting)
@@ -96,10 +92,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
         scale = grad_output.float() / num_counted
         hidden_dtype, weight_dtype = ctx.dtypes
         # The weight's gradient is large and ours alone, so it is scaled in place; autograd's version counter
-        # turns a second
-        # backward pass over the same graph into an error. It is returned, never written to .grad: DDP's hooks
-        # must see it,
-        # and the tied embedding adds its own part.
+        # turns a second backward pass over the same graph into an error. It is returned, never written to
+        # .grad: DDP's hooks must see it, and the tied embedding adds its own part.
         grad_hidden = (grad_hidden.float() * scale).to(hidden_dtype)
         return grad_hidden, grad_weight.mul_(scale).to(weight_dtype), None, None, None
 
@@ -108,8 +102,7 @@ def _outside_graphs(function: Callable) -> Callable:
     """Compiled graphs stop before `function` and go on after it.
 
     `torch._disable_dynamo` is the form of `torch.compiler.disable` that torch.optim uses itself: it imports
-    the compiler at the
-    first call, not here, which saves every script two seconds at its start.
+    the compiler at the first call, not here, which saves every script two seconds at its start.
     """
     if hasattr(torch, "_disable_dynamo"):  # torch >= 2.1
         return torch._disable_dynamo(function)
@@ -125,37 +118,30 @@ def _eager_loss(hidden, weight, targets, compute_dtype, chunk_rows):
 
 def _chunks(
     hidden: Tensor, weight: Tensor, targets: Tensor, compute_dtype: torch.dtype, chunk_rows: int | None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yields (rows, log-probabilities (R, V) float32, scratch (R, V) in the compute dtype) for each chunk of
-    rows.
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Yields for each chunk of rows (rows, losses (R,), probabilities (R, V) float32, scratch (R, V)).
 
-    Both tensors are views of buffers that the next chunk overwrites. In float32 they are one and the same
-    buffer.
+    A loss is -log p(target), zero for ignored rows. The scratch is of the compute dtype; it and the
+    probabilities are views of buffers that the next chunk overwrites, in float32 one and the same buffer.
     """
     N, V = len(targets), weight.size(0)
     R = min(N, chunk_rows or CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cpu"]))
     logits_buffer = torch.empty(R, V, dtype=compute_dtype, device=hidden.device)
     in_place = compute_dtype == torch.float32
-    log_probs_buffer = (
-        logits_buffer if in_place else torch.empty(R, V, dtype=torch.float32, device=hidden.device)
-    )
+    probs_buffer = logits_buffer if in_place else torch.empty(R, V, dtype=torch.float32, device=hidden.device)
     weight = weight.to(compute_dtype)
     for start in range(0, N, R):
         rows = slice(start, min(start + R, N))
-        logits = logits_buffer[: rows.stop - start]
-        log_probs = log_probs_buffer[: rows.stop - start]
+        logits, probs = logits_buffer[: rows.stop - start], probs_buffer[: rows.stop - start]
         torch.mm(hidden[rows].to(compute_dtype), weight.t(), out=logits)
-        # Over its own input where both are float32: the softmax has read all of a row before it writes the
-        # row.
-        torch.log_softmax(logits, dim=1, dtype=torch.float32, out=log_probs)
-        yield rows, log_probs, logits
-
-
-def _negative_log_likelihood(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) for each row, (R,); zero for ignored rows."""
-    counted = targets != IGNORE_INDEX
-    picked = log_probs.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)  # (R,)
-    return torch.where(counted, -picked, torch.zeros_like(picked))
+        highest = logits.amax(dim=1).float()  # (R,)
+        of_target = logits.gather(1, targets[rows].clamp(min=0).unsqueeze(1)).squeeze(1).float()  # (R,)
+        # Over its own input in float32: the softmax has read all of a row before it writes the row.
+        torch.softmax(logits, dim=1, dtype=torch.float32, out=probs)
+        # By way of the likeliest word, whose probability cannot vanish as the target's can: as exact as
+        # log_softmax, and without its exponential, which would be one more pass over the buffer.
+        losses = (highest - of_target) - probs.amax(dim=1).log()
+        yield rows, losses.masked_fill_(targets[rows] == IGNORE_INDEX, 0.0), probs, logits
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:

@@ -55,7 +55,7 @@ def load_gpt2_weights(name_or_dir: str, known: dict) -> tuple[dict, dict[str, Te
 
 
 def tokenizer_state_of(name_or_dir: str) -> dict:
-    """What `tokenizer_from_state` needs for a released GPT-2 or a folder: GPT-2's BPE, or the folder's characters.
+    """What `tokenizer_from_state` needs: GPT-2's BPE, or the characters that are in the folder.
 
     Raises:
         UserError: the folder's characters.json is damaged.

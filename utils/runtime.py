@@ -180,7 +180,7 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
     libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, 2**31 - 1)
+    libc.mallopt(m_trim_threshold, -1)
 
 
 def set_numerics(seed: int, deterministic: bool) -> str:

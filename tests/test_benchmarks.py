@@ -1,0 +1,107 @@
+"""Each benchmark at a toy size: it runs as typed, and what it compares is equal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from gpt_model import GPT
+from tests.conftest import run, tiny_config, tiny_model
+from utils import benchmark, benchmark_step
+from utils.benchmark_step import Size, hugging_face_twin, prepare_ours, prepare_plain, random_batches
+from utils.errors import Unfinished
+from utils.plain_gpt2 import PlainGPT2, plain_greedy
+
+TOY = ("--n-layer", 2, "--n-head", 2, "--n-embd", 32)
+
+
+def measured(tmp_path, *arguments) -> tuple[dict, str]:
+    """Runs a benchmark as a user would. Returns the figures of --json, and what it printed."""
+    process = run("-m", "utils.benchmark", *arguments, "--json", tmp_path / "figures.json")
+    assert process.returncode == 0, process.stderr
+    return json.loads((tmp_path / "figures.json").read_text()), process.stdout
+
+
+def test_steps_are_compared_at_equal_losses(tmp_path):
+    """Ours, plain PyTorch and Hugging Face make the same losses in every step of two micro-batches."""
+    sizes = (
+        *TOY,
+        "--seq-len",
+        16,
+        "--micro-batch",
+        2,
+        "--micro-steps",
+        2,
+        "--vocab-size",
+        300,
+        "--rounds",
+        2,
+    )
+    figures, printed = measured(tmp_path, "step", *sizes, "--device", "cpu")
+    size = figures["sizes"]["custom"]
+    assert figures["agree"] and size["losses_agree"] and size["losses_apart"] < 1e-4
+    assert set(size["contenders"]) == {"ours", "plain eager", "Hugging Face"}
+    for row in size["contenders"].values():
+        assert row["tokens_per_second"] == pytest.approx(64 / row["seconds"])
+        assert row["peak_memory_bytes"] > 1e8 and row["time_ratio"] > 0 and row["mfu"] is None
+    assert size["contenders"]["ours"]["time_ratio"] == 1
+    assert "losses agree" in printed and figures["date"] and figures["cpu"]
+
+
+def test_texts_are_compared_token_by_token(tmp_path):
+    """Ours, Hugging Face's generate and plain PyTorch without a cache write the same text."""
+    figures, printed = measured(tmp_path, "generate", *TOY, "--max-new-tokens", 24, "--rounds", 2)
+    assert figures["agree"] and "all wrote the same tokens" in printed
+    for name in ("ours", "Hugging Face", "no cache"):
+        assert figures[name]["tokens_per_second"] > 0 and figures[name]["time_ratio"] > 0
+
+
+def test_shards_and_loader_are_measured(tmp_path):
+    """The builder writes the reference's bytes; the loader has nothing to be compared with."""
+    figures, printed = measured(tmp_path, "shards", "--megabytes", 1, "--runs", 1)
+    assert figures["agree"] and "identical shards" in printed and figures["tokens"] > 100_000
+    sizes = ("--num-shards", 2, "--shard-tokens", 200_000, "--batches", 2, "--runs", 1)
+    figures, printed = measured(tmp_path, "loader", *sizes)
+    assert figures["tokens_per_second"] > 0 and "median" in printed
+
+
+def test_different_results_are_no_benchmark(monkeypatch, tmp_path, capsys):
+    """Where the losses differ, the figures are written, and the command ends with an error."""
+    monkeypatch.setattr(benchmark_step, "AGREE", 0.0)
+    monkeypatch.setattr(benchmark_step, "product_flops", lambda device, dtype: 1e9)
+    arguments = (
+        "step --n-layer 1 --n-head 1 --n-embd 8 --seq-len 8 --micro-batch 1 --vocab-size 50 --rounds 1"
+    )
+    with pytest.raises(Unfinished, match="different results"):
+        benchmark.main([*arguments.split(), "--device", "cpu", "--json", str(tmp_path / "figures.json")])
+    assert "DISAGREE" in capsys.readouterr().out
+    assert json.loads((tmp_path / "figures.json").read_text())["agree"] is False
+
+
+def test_the_references_are_gpt2():
+    """The plain model and the twin have our logits; greedy text is the same without a cache."""
+    model = tiny_model()
+    plain = PlainGPT2(tiny_config()).eval()
+    plain.load_state_dict(model.state_dict())
+    idx = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(3))
+    logits, _ = model(idx)
+    assert (plain(idx) - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert (hugging_face_twin(model).eval()(idx).logits - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert torch.equal(plain_greedy(plain, idx, 7), model.generate(idx, 7, temperature=0))
+
+
+def test_the_update_that_is_measured_is_the_training_scripts(monkeypatch):
+    """`ours` goes through train_gpt.update, and trains as the plain step does: the losses fall alike."""
+    import train_gpt
+
+    calls, update = [], train_gpt.update
+    monkeypatch.setattr(train_gpt, "update", lambda *a: calls.append(a) or update(*a))
+    arguments = (Size(1, 2, 16, 8, 2), 60, torch.device("cpu"), torch.float32)
+    ours, plain = prepare_ours(*arguments)[1], prepare_plain(*arguments)[1]
+    losses = [(ours(), plain()) for _ in range(20)]
+    assert len(calls) == 20 and losses[-1][0] < losses[0][0]
+    assert all(abs(a - b) < 1e-5 for a, b in losses)
+    assert len(random_batches(arguments[0]._replace(micro_steps=3), 60, arguments[2])) == 3
+    assert isinstance(calls[0][0].model, GPT)

@@ -1,0 +1,133 @@
+"""Several ways of doing the same work, each in a process of its own, one turn after the other.
+
+A noisy machine slows them all alike, and the most memory that each has held can be told apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import statistics
+import time
+from typing import Any, Callable
+
+import torch
+
+from utils.errors import Unfinished
+from utils.runtime import peak_memory_bytes
+
+
+class Contender:
+    """A process that prepares some work, and then does it each time it is told to.
+
+    Args:
+        name: in words, for the console.
+        prepare: a function of a module, called in the process with `arguments`; returns (device, work).
+
+    Attributes:
+        results: what the work returned, of every turn.
+        seconds: of the turns that count.
+        memory: the most that the process has held, in bytes; once it has finished.
+    """
+
+    def __init__(self, name: str, prepare: Callable, *arguments):
+        self.name = name
+        self.results: list = []
+        self.seconds: list[float] = []
+        self.memory = 0
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self._receive()  # it is ready
+
+    def turn(self, *arguments, counts: bool = True) -> Any:
+        """Does the work once and returns its result."""
+        self.pipe.send(arguments)
+        seconds, result = self._receive()
+        self.results.append(result)
+        if counts:
+            self.seconds.append(seconds)
+        return result
+
+    def finish(self) -> None:
+        """Ends the process."""
+        self.pipe.send(None)
+        self.memory = self._receive()
+        self.process.join()
+
+    @property
+    def median(self) -> float:
+        """Seconds of a turn."""
+        return statistics.median(self.seconds)
+
+    def _receive(self):
+        try:
+            return self.pipe.recv()
+        except EOFError as error:
+            self.process.join()
+            what = f"{self.name}: its process ended with exit code {self.process.exitcode}"
+            raise Unfinished(what, "its own message is above; a killed one had too little memory") from error
+
+
+def _serve(pipe, prepare: Callable, arguments: tuple) -> None:
+    with contextlib.suppress(EOFError):  # the one who asks is gone
+        _take_turns(pipe, prepare, arguments)
+
+
+def _take_turns(pipe, prepare: Callable, arguments: tuple) -> None:
+    device, work = prepare(*arguments)
+    pipe.send(None)
+    while (arguments := pipe.recv()) is not None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        result = work(*arguments)  # plain numbers: the device has finished
+        pipe.send((time.perf_counter() - started, result))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the others need room
+    pipe.send(peak_memory_bytes(device))
+
+
+def in_pairs(ours: Contender, others: list[Contender], rounds: int, warm_up: int) -> list[float]:
+    """Ours, another, ours, the next one, ...: `rounds` times after `warm_up` that do not count.
+
+    Returns:
+        For each of the others, how many times as long as ours it took: the median over the rounds, in which
+        it is compared with the turn of ours just before.
+    """
+    ratios: list[list[float]] = [[] for _ in others]
+    for number in range(warm_up + rounds):
+        counts = number >= warm_up
+        for other, found in zip(others, ratios):
+            ours.turn(counts=counts)
+            other.turn(counts=counts)
+            if counts:
+                found.append(other.seconds[-1] / ours.seconds[-1])
+    return [statistics.median(found) for found in ratios]
+
+
+def product_flops(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a large matrix product here and now: the limit that a step is measured against."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        out[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def read_bandwidth(device: torch.device, num_bytes: int = 1 << 29) -> float:
+    """Bytes per second at which memory can be read here and now."""
+    buffer = torch.ones(num_bytes // 4, device=device)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        buffer.sum().item()
+        seconds.append(time.perf_counter() - started)
+    return num_bytes / min(seconds)
