@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils.errors import UserError
+from utils.few_rows import Linear
 from utils.fused_loss import fused_cross_entropy
 
 PRETRAINED_CONFIGS = {
@@ -77,8 +78,8 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values at once
+        self.c_proj = Linear(config.n_embd, config.n_embd)
         self.c_proj.NANOGPT_SCALE_INIT = True
         self.n_head = config.n_head
         self.layer = layer
@@ -104,9 +105,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.gelu = nn.GELU(approximate="tanh")  # the approximation that GPT-2 was trained with
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
         self.c_proj.NANOGPT_SCALE_INIT = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd),
         ))  # fmt: skip
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         # One tensor for reading and writing words (Press & Wolf 2017).
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)

@@ -60,7 +60,7 @@ def test_texts_are_compared_token_by_token(tmp_path):
 
 def test_shards_and_loader_are_measured(tmp_path):
     """The builder writes the reference's bytes; the loader has nothing to be compared with."""
-    figures, printed = measured(tmp_path, "shards", "--megabytes", 1, "--runs", 1)
+    figures, printed = measured(tmp_path, "shards", "--megabytes", 1, "--runs", 1, "--shard-tokens", 100_000)
     assert figures["agree"] and "identical shards" in printed and figures["tokens"] > 100_000
     sizes = ("--num-shards", 2, "--shard-tokens", 200_000, "--batches", 2, "--runs", 1)
     figures, printed = measured(tmp_path, "loader", *sizes)

@@ -30,13 +30,13 @@ from utils.tokenizer import gpt2_encoding
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT_CHARACTERS = 4500  # on average, as in FineWeb-Edu
-SHARD_TOKENS = 10_000_000
 
 
 def add_arguments(parser) -> None:
     """The flags of `python -m utils.benchmark shards`."""
     parser.add_argument("--megabytes", type=positive_int, default=100, help="English text to tokenize")
     parser.add_argument("--runs", type=positive_int, default=5, help="of each, in turns; the median counts")
+    parser.add_argument("--shard-tokens", type=positive_int, default=10_000_000, help="tokens of a shard")
     parser.add_argument("--input", type=Path, help="a parquet file of your own, with a column `text`")
 
 
@@ -46,8 +46,8 @@ def run(args) -> dict:
         folder = Path(name)
         corpus = args.input or write_corpus(folder / "english.parquet", args.megabytes * 1_000_000)
         ours = [sys.executable, str(ROOT / "build_fineweb_edu_shards.py"), "--input", str(corpus)]
-        ours += ["--shard-tokens", str(SHARD_TOKENS), "--output-dir"]
-        reference = [sys.executable, "-m", "utils.benchmark_shards", str(corpus)]
+        ours += ["--shard-tokens", str(args.shard_tokens), "--output-dir"]
+        reference = [sys.executable, "-m", "utils.benchmark_shards", str(corpus), str(args.shard_tokens)]
         seconds: dict[str, list[float]] = {"reference": [], "builder": []}
         memory, agree = {"reference": 0, "builder": 0}, True
         for number in range(args.runs):
@@ -176,7 +176,7 @@ def tokenize(document: str) -> np.ndarray:
     return np.array([encoding.eot_token, *encoding.encode_ordinary(document)], dtype=np.uint16)
 
 
-def build_reference(corpus: Path, folder: Path) -> None:
+def build_reference(corpus: Path, shard_tokens: int, folder: Path) -> None:
     """Shards of a parquet file by the ancestor's loop."""
     import pyarrow.parquet as pq
 
@@ -186,7 +186,7 @@ def build_reference(corpus: Path, folder: Path) -> None:
         for batch in pq.ParquetFile(corpus).iter_batches(1000, columns=["text"])
         for text in batch["text"].to_pylist()
     )
-    shard, count, number = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0
+    shard, count, number = np.empty(shard_tokens, dtype=np.uint16), 0, 0
 
     def flush() -> None:
         name = f"edufineweb_{'train' if number else 'val'}_{number:06d}.npy"
@@ -195,10 +195,10 @@ def build_reference(corpus: Path, folder: Path) -> None:
     with multiprocessing.Pool(max(1, multiprocessing.cpu_count() // 2)) as pool:
         for tokens in pool.imap(tokenize, documents, chunksize=16):
             while len(tokens):
-                room = min(SHARD_TOKENS - count, len(tokens))
+                room = min(shard_tokens - count, len(tokens))
                 shard[count : count + room] = tokens[:room]
                 count, tokens = count + room, tokens[room:]
-                if count == SHARD_TOKENS:
+                if count == shard_tokens:
                     flush()
                     number, count = number + 1, 0
     if count:
@@ -206,4 +206,4 @@ def build_reference(corpus: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    build_reference(Path(sys.argv[1]), Path(sys.argv[2]))
+    build_reference(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
