@@ -60,18 +60,17 @@ LOG_DIR = Path(__file__).resolve().parent / "log"
 # fmt: off
 PRESETS = {
     "gpt2": {},
-    # Two CPU cores, a few minutes, a megabyte of text. Narrow: the projection to 50304 words is most of the
-    # work.
+    # Two CPU cores, a few minutes, a megabyte of text. Narrow: the 50304 words are most of the work.
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=64, seq_len=64, micro_batch=8, total_batch_tokens=512,
         max_steps=1000, warmup_steps=100, max_lr=8e-3, min_lr=4e-4,
         val_every=250, hellaswag_every=0, sample_every=500, checkpoint_every=500,
     ),
-    # Characters instead of words: 65 of them make the output layer small.
+    # Characters instead of words, in less than a minute. Two wide layers learn faster than four narrow ones.
     "char": dict(
-        tokenizer="char", n_layer=4, n_head=4, n_embd=128, seq_len=64, micro_batch=12, total_batch_tokens=768,
-        max_steps=2000, warmup_steps=100, max_lr=1e-3, min_lr=1e-4,
-        val_every=500, hellaswag_every=0, sample_every=1000, checkpoint_every=1000,
+        tokenizer="char", n_layer=2, n_head=5, n_embd=160, seq_len=64, micro_batch=12, total_batch_tokens=768,
+        max_steps=1200, warmup_steps=100, max_lr=4e-3, min_lr=1e-4,
+        val_every=400, hellaswag_every=0, sample_every=600, checkpoint_every=600,
     ),
 }
 
@@ -131,8 +130,7 @@ def evaluate(
     dtype: torch.dtype,
     poll=lambda: None,
 ) -> float:
-    """Mean loss in nats on the first `num_tokens` val tokens: the same ones for any ranks and any micro-
-    batch.
+    """Mean loss in nats on the first `num_tokens` val tokens, the same for any ranks and any micro-batch.
 
     `poll` is called before every batch, equally often on all ranks; what it raises ends the evaluation.
     """

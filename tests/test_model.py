@@ -271,9 +271,11 @@ def test_few_rows_are_multiplied_to_the_same_numbers(out_features, bias):
             found, expected = layer(x), reference(x)
             assert found.shape == expected.shape and (found - expected).abs().max() < 1e-6
             with torch.autocast("cpu", torch.bfloat16):
-                assert (layer(x) - expected).abs().max() < 0.02  # bf16 has 8 bits
+                low = layer(x)
+                assert low.dtype == reference(x).dtype and (low - expected).abs().max() < 0.02  # 8 bits
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries multiply few rows well")
 def test_few_rows_take_the_other_way(monkeypatch):
     """Up to MAX_ROWS texts go through the batch of products in every layer, one more does not."""
     calls, bmm = [], torch.bmm

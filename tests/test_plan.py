@@ -96,7 +96,7 @@ def test_logits_never_count_as_a_whole():
     hidden = 4 * config.n_embd  # bytes of a row of gradients of the hidden states
     few, many = (loss_bytes(config, rows, 4, "cuda") - rows * hidden for rows in (8192, 65536))
     assert few == many
-    assert loss_bytes(config, 8192, 4, "cpu") < loss_bytes(config, 8192, 4, "cuda") / 8
+    assert loss_bytes(config, 8192, 4, "cpu") < loss_bytes(config, 8192, 4, "cuda") / 7
 
 
 def test_time_and_money_are_arithmetic(tmp_path):

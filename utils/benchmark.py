@@ -18,6 +18,7 @@ import torch
 
 from utils.command_line import ArgumentParser
 from utils.errors import Unfinished, UserError, run_script
+from utils.files import whole_file
 from utils.runtime import device_name
 
 
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     if args.json is not None:
         try:
-            args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            with whole_file(args.json) as file:
+                file.write(json.dumps(figures, indent=2) + "\n")
         except OSError as error:
             what = f"cannot write {args.json}: {error.strerror}"
             raise UserError(what, "give --json another file") from error

@@ -14,7 +14,7 @@ from utils.benchmark_step import Size, fresh_model, hugging_face_twin
 from utils.command_line import positive_int
 from utils.in_turns import Contender, read_bandwidth
 from utils.plain_gpt2 import PlainGPT2, plain_greedy
-from utils.runtime import choose_device, device_name, keep_freed_memory, set_numerics
+from utils.runtime import choose_device, device_name
 from utils.tokenizer import PADDED_GPT2_VOCAB
 
 PROMPT = [[50256]]  # <|endoftext|>
@@ -33,15 +33,12 @@ def add_arguments(parser) -> None:
 
 def model_for(args, device: torch.device):
     """Random weights, and a block that holds the whole text."""
-    set_numerics(seed=1337, deterministic=False)
     sizes = Size(args.n_layer, args.n_head, args.n_embd, len(PROMPT[0]) + args.max_new_tokens, 1)
     return fresh_model(sizes, PADDED_GPT2_VOCAB, device).eval()
 
 
 def prepare_ours(args, device: torch.device):
     """`GPT.generate`: the tokens of the text, prompt included."""
-    if device.type == "cpu":
-        keep_freed_memory()
     model, prompt = model_for(args, device), torch.tensor(PROMPT, device=device)
     return device, lambda: model.generate(prompt, args.max_new_tokens, temperature=0)[0].tolist()
 
@@ -59,9 +56,11 @@ def prepare_plain(args, device: torch.device):
     ours = model_for(args, device)
     model = PlainGPT2(ours.config).to(device)
     model.load_state_dict(ours.state_dict())
-    return device, lambda ids, count: plain_greedy(model, torch.tensor([ids], device=device), count)[
-        0
-    ].tolist()
+
+    def work(ids: list[int], count: int) -> list[int]:
+        return plain_greedy(model, torch.tensor([ids], device=device), count)[0].tolist()
+
+    return device, work
 
 
 def run(args) -> dict[str, Any]:
@@ -73,6 +72,7 @@ def run(args) -> dict[str, Any]:
     contenders = [ours, theirs, plain]
     text = ours.turn(counts=False)
     agree = theirs.turn(counts=False) == text
+    plain.turn(text[:1], 1, counts=False)
     ratios = []
     for number in range(args.rounds):
         ours.turn()

@@ -23,7 +23,8 @@ from utils.hellaswag_examples import Example, make_example
 from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, device_name, peak_memory_bytes
 from utils.tokenizer import PADDED_GPT2_VOCAB, GPT2Tokenizer
 
-AGREE = 1e-4  # largest difference of a mean loss in float32 that is rounding
+# Largest differences of a mean loss that are rounding, in float32 and in a dtype of 8 to 11 bits.
+AGREE, AGREE_LOW = 1e-4, 5e-2
 
 
 def add_arguments(parser) -> None:
@@ -152,7 +153,8 @@ def run(args) -> dict[str, Any]:
     }
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
     figures = measure_in_turns(model, rows, examples, dtype, args)
-    agree = figures["largest_difference"] < AGREE
+    limit = AGREE if dtype == torch.float32 else AGREE_LOW
+    agree = figures["largest_difference"] < limit
     print(
         f"medians: padded {figures['padded_examples_per_second']:.2f} examples/s, trees "
         f"{figures['examples_per_second']:.2f}, ratio {figures['ratio']:.2f}; peak memory of trees "
@@ -160,7 +162,7 @@ def run(args) -> dict[str, Any]:
     )
     print(
         f"mean losses {'agree' if agree else 'DISAGREE'}: largest difference "
-        f"{figures['largest_difference']:.1e} (limit {AGREE:g} in float32), same prediction on "
+        f"{figures['largest_difference']:.1e} (limit {limit:g}), same prediction on "
         f"{figures['same_predictions']} of {len(rows)}"
     )
-    return {**setting, **figures, "agree": agree or dtype != torch.float32}
+    return {**setting, **figures, "agree": agree}

@@ -1,6 +1,6 @@
 """A training step: ours beside plain eager PyTorch and Hugging Face, same weights, batch and threads.
 
-Each runs in a process of its own, in turns, on one batch of random tokens: the losses must stay the same.
+Each runs in a process of its own, in turns, on one batch of random tokens. The first losses must be equal.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from utils.runtime import (
 )
 from utils.tokenizer import PADDED_GPT2_VOCAB
 
-AGREE = (
-    1e-5  # largest difference of the first losses in float32 that is rounding: 10.8 has 1e-6 between numbers
-)
+# Largest differences of the first losses that are rounding: near 10.8, float32 has numbers every 1e-6. On a
+# GPU, products are made of numbers of 8 (bf16) to 10 bits (TF32).
+AGREE, AGREE_ON_GPU = 1e-5, 1e-2
 WARM_UP = 2  # rounds that do not count
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.1, 1.0
 
@@ -119,7 +119,7 @@ def prepare_ours(
         keep_freed_memory()
     set_numerics(seed=1337, deterministic=False)
     model = fresh_model(size, vocab_size, device)
-    trained = torch.compile(model) if choose_compile("auto", device).value else model
+    trained = (lambda x, y, return_logits: (None, model(x, y)[1])) if full_logits else model
     dist = Distributed(device)
     steady = dict(max_lr=LEARNING_RATE, min_lr=LEARNING_RATE, warmup_steps=0, max_steps=10**9)
     run = Run(
@@ -129,7 +129,7 @@ def prepare_ours(
         dtype=dtype,
         tokenizer=None,
         model=model,
-        trained_model=(lambda x, y, return_logits: trained(x, y)) if full_logits else trained,
+        trained_model=torch.compile(trained) if choose_compile("auto", device).value else trained,
         optimizer=model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, device.type, False),
         scaler=make_scaler(device, dtype),
         spikes=SpikeFilter(0.0),
@@ -145,8 +145,9 @@ def prepare_ours(
 def prepare_plain(size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype):
     """Plain eager PyTorch."""
     set_numerics(seed=1337, deterministic=False)
-    model = PlainGPT2(fresh_model(size, vocab_size, device).config).to(device)
-    model.load_state_dict(fresh_model(size, vocab_size, device).state_dict())
+    ours = fresh_model(size, vocab_size, device)
+    model = PlainGPT2(ours.config).to(device)
+    model.load_state_dict(ours.state_dict())
     return device, _plain_work(model, model, size, vocab_size, device, dtype)
 
 
@@ -154,14 +155,16 @@ def prepare_hugging_face(size: Size, vocab_size: int, device: torch.device, dtyp
     """GPT2LMHeadModel, without dropout as all of them, in the same plain step."""
     set_numerics(seed=1337, deterministic=False)
     model = hugging_face_twin(fresh_model(size, vocab_size, device)).train()
-    return device, _plain_work(model, lambda idx: model(idx).logits, size, vocab_size, device, dtype)
+    return device, _plain_work(
+        model, lambda idx: model(idx, use_cache=False).logits, size, vocab_size, device, dtype
+    )
 
 
 def _plain_work(model, logits_of, size: Size, vocab_size: int, device, dtype) -> Callable[[], float]:
     optimizer = plain_adamw(model, WEIGHT_DECAY, LEARNING_RATE)
     batches = random_batches(size, vocab_size, device)
-    context = autocast(device, dtype)
-    return lambda: plain_step(logits_of, optimizer, batches, context, GRAD_CLIP)
+    context, scaler = autocast(device, dtype), make_scaler(device, dtype)
+    return lambda: plain_step(logits_of, optimizer, scaler, batches, context, GRAD_CLIP)
 
 
 def hugging_face_twin(model: GPT):
@@ -184,6 +187,7 @@ def run(args) -> dict[str, Any]:
     """Measures every size that is asked for. Prints a table each; returns all figures."""
     device = choose_device(args.device).value
     dtype = choose_dtype(args.dtype, device).value
+    set_numerics(seed=1337, deterministic=False)  # the limit is measured as the contenders compute
     figures = {
         "device": device_name(device),
         "dtype": str(dtype)[len("torch.") :],
@@ -245,10 +249,12 @@ def measure(
     }
     differences = [[abs(a - b) for a, b in zip(other.results, ours.results)] for other in others]
     first, later = max(steps[0] for steps in differences), max(map(max, differences))
-    agree = first < AGREE or dtype != torch.float32
+    exact = dtype == torch.float32 and device.type == "cpu"
+    limit_apart = AGREE if exact else AGREE_ON_GPU
+    agree = all(steps[0] < limit_apart for steps in differences)  # not so where one is NaN
     print(
-        f"losses {'agree' if agree else 'DISAGREE'}: {first:.1e} apart at the first step (limit {AGREE:g} in "
-        f"float32), {later:.1e} over all {WARM_UP + rounds}",
+        f"losses {'agree' if agree else 'DISAGREE'}: {first:.1e} apart at the first step "
+        f"(limit {limit_apart:g}), {later:.1e} over all {WARM_UP + rounds}",
         flush=True,
     )
     return {

@@ -136,8 +136,9 @@ def _chunks(
         torch.mm(hidden[rows].to(compute_dtype), weight.t(), out=logits)
         highest = logits.amax(dim=1).float()  # (R,)
         of_target = logits.gather(1, targets[rows].clamp(min=0).unsqueeze(1)).squeeze(1).float()  # (R,)
-        # Over its own input in float32: the softmax has read all of a row before it writes the row.
-        torch.softmax(logits, dim=1, dtype=torch.float32, out=probs)
+        if not in_place:
+            probs.copy_(logits)
+        torch.softmax(probs, dim=1, out=probs)  # has read each number for the last time when it writes it
         # By way of the likeliest word, whose probability cannot vanish as the target's can: as exact as
         # log_softmax, and without its exponential, which would be one more pass over the buffer.
         losses = (highest - of_target) - probs.amax(dim=1).log()

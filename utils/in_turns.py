@@ -6,9 +6,12 @@ A noisy machine slows them all alike, and the most memory that each has held can
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
+import os
 import statistics
 import time
+from pathlib import Path
 from typing import Any, Callable
 
 import torch
@@ -68,7 +71,9 @@ class Contender:
         except EOFError as error:
             self.process.join()
             what = f"{self.name}: its process ended with exit code {self.process.exitcode}"
-            raise Unfinished(what, "its own message is above; a killed one had too little memory") from error
+            raise Unfinished(
+                what, "its own message is above; if memory ran out, ask for smaller sizes"
+            ) from error
 
 
 def _serve(pipe, prepare: Callable, arguments: tuple) -> None:
@@ -77,17 +82,33 @@ def _serve(pipe, prepare: Callable, arguments: tuple) -> None:
 
 
 def _take_turns(pipe, prepare: Callable, arguments: tuple) -> None:
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a daemon may have no processes of its own
     device, work = prepare(*arguments)
+    on_gpu = device.type == "cuda"
+    forget_peak_memory(device)
     pipe.send(None)
     while (arguments := pipe.recv()) is not None:
-        if device.type == "cuda":
+        if on_gpu:
+            work(*arguments)  # takes again the memory that it gave back for the others' turns
             torch.cuda.synchronize(device)
         started = time.perf_counter()
-        result = work(*arguments)  # plain numbers: the device has finished
+        result = work(*arguments)
+        if on_gpu:
+            torch.cuda.synchronize(device)
         pipe.send((time.perf_counter() - started, result))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the others need room
+        if on_gpu:
+            torch.cuda.empty_cache()
     pipe.send(peak_memory_bytes(device))
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Lets the highest memory start from what is held now, where the system can: CUDA, and Linux."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def in_pairs(ours: Contender, others: list[Contender], rounds: int, warm_up: int) -> list[float]:

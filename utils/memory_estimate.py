@@ -63,9 +63,8 @@ def estimate_memory(
     optimizer = 2 * FLOAT32 * num_parameters  # both moments of AdamW
     itemsize = torch.finfo(dtype).bits // 8
     activations = activation_bytes(config, B * T, itemsize)
-    if (
-        itemsize < FLOAT32
-    ):  # low-precision copies of the weights live from the forward pass to the end of the backward pass
+    # Low-precision copies of the weights live from the forward pass to the end of the backward pass.
+    if itemsize < FLOAT32:
         activations += itemsize * num_parameters
     loss = loss_bytes(config, B * T, itemsize, device_type)
     # Last of all the embedding gets a gradient of its own, beside the output layer's, which becomes the

@@ -64,7 +64,7 @@ def plain_adamw(model: nn.Module, weight_decay: float, learning_rate: float) -> 
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
-def plain_step(logits_of, optimizer, batches, autocast, grad_clip: float) -> float:
+def plain_step(logits_of, optimizer, scaler, batches, autocast, grad_clip: float) -> float:
     """One update on micro-batches `[(idx, targets), ...]`. Returns the mean loss."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     mean = torch.zeros((), device=parameters[0].device)
@@ -72,10 +72,12 @@ def plain_step(logits_of, optimizer, batches, autocast, grad_clip: float) -> flo
         with autocast:
             logits = logits_of(idx)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        (loss / len(batches)).backward()
+        scaler.scale(loss / len(batches)).backward()
         mean = mean + loss.detach() / len(batches)
+    scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return mean.item()
 
