@@ -102,6 +102,7 @@ def test_other_losses_are_noticed(wrong, monkeypatch, capsys):
         def __init__(self, name, prepare, *arguments):
             super().__init__(*[1.0] * 9)
             self.name, self.memory, self.median, self.finish = name, 1, 1.0, lambda: None
+            self.ready = lambda: self
             self.results = [10.8 + wrong if name == "Hugging Face" else 10.8] * 4
 
     monkeypatch.setattr(benchmark_step, "Contender", Fake)

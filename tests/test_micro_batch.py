@@ -41,7 +41,7 @@ def test_not_even_one_row_is_an_error():
 def test_auto_on_a_cpu_is_the_presets_and_says_so(text_file, tmp_path, capsys):
     """A whole run with --micro-batch auto, and a resumed one, which remembers."""
     flags = ["--preset", "char", "--data", str(text_file), "--log-dir", str(tmp_path), "--device", "cpu"]
-    flags += "--n-embd 16 --n-layer 1 --max-steps 2 --val-every 0 --sample-every 0".split()
+    flags += "--n-embd 16 --n-head 2 --n-layer 1 --max-steps 2 --val-every 0 --sample-every 0".split()
     assert train_gpt.main([*flags, "--micro-batch", "auto"]) == 0
     usual = train_gpt.PRESETS["char"]["micro_batch"]
     assert "micro-batch: auto: a search pays on CUDA only" in capsys.readouterr().out

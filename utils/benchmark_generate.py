@@ -69,7 +69,7 @@ def run(args) -> dict[str, Any]:
     ours = Contender("ours", prepare_ours, args, device)
     theirs = Contender("Hugging Face", prepare_hugging_face, args, device)
     plain = Contender("no cache", prepare_plain, args, device)
-    contenders = [ours, theirs, plain]
+    contenders = [contender.ready() for contender in (ours, theirs, plain)]
     text = ours.turn(counts=False)
     agree = theirs.turn(counts=False) == text
     plain.turn(text[:1], 1, counts=False)

@@ -228,10 +228,10 @@ def measure(
     others.append(Contender("Hugging Face", prepare_hugging_face, *arguments))
     if device.type == "cuda":  # what the chunked loss brings where the rest is compiled
         others.append(Contender("ours, full logits", prepare_ours, *arguments, True))
+    contenders = [contender.ready() for contender in (ours, *others)]
     limit = product_flops(device, dtype)
     ratios = dict(zip(others, in_pairs(ours, others, rounds, WARM_UP)))
     limit = max(limit, product_flops(device, dtype))  # other work may have disturbed the first
-    contenders = [ours, *others]
     for contender in contenders:
         contender.finish()
 

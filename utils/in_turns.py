@@ -43,7 +43,11 @@ class Contender:
         self.process = context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
         self.process.start()
         theirs.close()
-        self._receive()  # it is ready
+
+    def ready(self) -> Contender:
+        """Waits until it has prepared itself; several may be started before the first is waited for."""
+        self._receive()
+        return self
 
     def turn(self, *arguments, counts: bool = True) -> Any:
         """Does the work once and returns its result."""
