@@ -83,7 +83,7 @@ def read_prompt(argument: str) -> str:
     if argument.startswith("FILE:"):
         from utils.data_loader import read_text
 
-        return read_text(Path(argument[len("FILE:") :]))
+        return read_text(Path(argument[len("FILE:") :]), flag="-p FILE:")
     return argument
 
 

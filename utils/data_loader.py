@@ -76,19 +76,20 @@ class TextStream(TokenStream):
         return self._fingerprint
 
 
-def read_text(path: Path) -> str:
-    """A text file's content, without a byte order mark. Raises UserError unless it is non-empty UTF-8."""
+def read_text(path: Path, flag: str = "--data") -> str:
+    """A text file's content, without a byte order mark.
+
+    Raises UserError, with a hint that names the flag it came by, unless it is non-empty UTF-8.
+    """
     if path.is_dir():
         raise UserError(
             f"{path} is a folder without token shards (expected a text file or shards)",
-            "give --data a text file",
+            f"give {flag} a text file",
         )
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}", "give --data a text file or a folder of shards"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror}", f"give {flag} a file that exists") from error
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -97,7 +98,7 @@ def read_text(path: Path) -> str:
             f"convert it: iconv -f latin1 -t utf-8 {path} > utf8.txt",
         ) from error
     if not text.strip():
-        raise UserError(f"{path} is empty", "give --data a text file with text in it")
+        raise UserError(f"{path} is empty", f"give {flag} a file with text in it")
     return text
 
 

@@ -1,0 +1,135 @@
+"""generate.py as it is typed: where prompts come from, what is printed, what is refused."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+import torch
+
+import generate
+from tests.conftest import tiny_model
+from utils.checkpoint import model_content, save_pair
+from utils.errors import run_script
+from utils.tokenizer import tokenizer_from_state
+
+CHARACTERS = {"name": "char", "characters": "\n abcdefghijklmnopqrstuvwxyz"}
+END_OF_TEXT = 50256
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of a character model with a block of 16."""
+    model = tiny_model(vocab_size=len(CHARACTERS["characters"]))
+    return save_pair(tmp_path, 7, model_content(model, vars(model.config).copy(), 7, 1.5, CHARACTERS), {})
+
+
+def printed(capsys, *arguments) -> str:
+    """What the script prints on success."""
+    assert generate.main(["-d", "cpu", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_prompt_comes_from_anywhere(checkpoint, tmp_path, monkeypatch, capsys):
+    """The same text for a prompt on the command line, in a file, on standard input, with and without -p."""
+    flags = ("-m", checkpoint, "--max-new-tokens", 9)
+    expected = printed(capsys, *flags, "-p", "to be")
+    assert expected.startswith("to be") and len(expected) == len("to be") + 9 + 1
+    (tmp_path / "prompt.txt").write_text("to be")
+    assert printed(capsys, *flags, "-p", f"FILE:{tmp_path / 'prompt.txt'}") == expected
+    for prompt in (["-p", "-"], []):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("to be"))
+        assert printed(capsys, *flags, *prompt) == expected
+
+
+def test_several_samples_are_numbered_and_seeded(checkpoint, capsys):
+    """-n texts under headings; another seed gives others; greedy ones are all the same."""
+    flags = ("-m", checkpoint, "-p", "a", "-n", 3, "--max-new-tokens", 12)
+    first = printed(capsys, *flags, "--seed", 1)
+    assert [line for line in first.splitlines() if line.startswith("---")] == [
+        f"--- sample {i} of 3" for i in (1, 2, 3)
+    ]
+    assert printed(capsys, *flags, "--seed", 1) == first != printed(capsys, *flags, "--seed", 2)
+    greedy = printed(capsys, *flags, "--temperature", 0).split("--- sample ")[1:]
+    assert len({text.split("\n", 1)[1] for text in greedy}) == 1
+
+
+def test_a_long_prompt_keeps_its_end_and_an_empty_one_starts_a_document():
+    """The last block of tokens, with a line that says so; <|endoftext|>, or the first character."""
+    said = []
+    tokenizer = tokenizer_from_state(CHARACTERS)
+    idx = generate.encode_prompt("x" * 10 + "abc", tokenizer, 3, said.append)
+    assert idx.tolist() == [tokenizer.encode("abc").tolist()]
+    assert said == ["the prompt has 13 tokens, the model reads 3: its last 3 are kept"]
+    assert generate.encode_prompt("", tokenizer, 3).tolist() == [[0]]
+    assert generate.encode_prompt("", tokenizer_from_state({"name": "gpt2"}), 3).tolist() == [[END_OF_TEXT]]
+
+
+def test_a_text_ends_where_the_model_ends_it():
+    """What follows <|endoftext|> is another document."""
+    assert generate.until_end_of_text([1, 2, END_OF_TEXT, 3], END_OF_TEXT) == [1, 2]
+    assert generate.until_end_of_text([1, 2], None) == [1, 2]
+
+
+def test_a_terminal_is_asked_for_prompts_and_streamed_to(checkpoint, monkeypatch, capsys):
+    """Continuations come token by token, the same as from the command line; an empty line ends."""
+    model = generate.GPT.load(checkpoint).eval()
+    texts = generate.sample_texts(
+        model, tokenizer_from_state(CHARACTERS), "to be", 1, 9, 42, temperature=0.8, top_k=50
+    )
+    prompts, pieces = iter(["to be", "ab", ""]), []
+    monkeypatch.setattr("builtins.input", lambda text: next(prompts))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0] if a else "\n"))
+    assert generate.main(["-m", str(checkpoint), "--max-new-tokens", "9", "-d", "cpu"]) == 0
+    assert "".join(pieces[:9]) == texts[0][len("to be") :] and pieces[9] == "\n"
+    assert len(pieces) == 2 * (9 + 1) and list(prompts) == []
+
+
+def test_half_a_character_waits_for_its_other_half(monkeypatch, capsys):
+    """A token that ends within a character prints nothing until the next one completes it."""
+    tokenizer, model = tokenizer_from_state({"name": "gpt2"}), tiny_model(vocab_size=50304)
+    ids = tokenizer.encode("a\U0001f600b").tolist()
+    assert len(ids) > 3
+    monkeypatch.setattr(
+        model, "stream", lambda *a, **k: (torch.tensor([[i]]) for i in [*ids, END_OF_TEXT, 5])
+    )
+    prompts, pieces = iter(["x", ""]), []
+    monkeypatch.setattr("builtins.input", lambda text: next(prompts))
+    monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0] if a else "\n"))
+    generate.chat_at_terminal(model, tokenizer, generate.parse_arguments([]))
+    assert pieces == ["a", "\U0001f600", "b", "\n"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--temperature -1", "--temperature nan", "--top-k 0", "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0",
+     "--max-new-tokens -5", "-p FILE:none.txt"],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(flags, checkpoint, capsys):
+    """Exit code 2 and two lines; the hint speaks of this script's flags."""
+    assert run_script(lambda: generate.main(["-m", str(checkpoint), "-p", "a", *flags.split()])) == 2
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and hint.startswith("hint: ") and "--data" not in hint
+
+
+def test_without_a_name_the_newest_checkpoint_is_taken(checkpoint, tmp_path, monkeypatch, capsys):
+    """log/'s newest model, or an error that says how to get one."""
+    monkeypatch.setattr(generate, "LOG_DIR", tmp_path)
+    flags = ("-p", "ab", "--max-new-tokens", 4)
+    assert printed(capsys, *flags) == printed(capsys, "-m", checkpoint, *flags)
+    monkeypatch.setattr(generate, "LOG_DIR", tmp_path / "none")
+    assert run_script(lambda: generate.main(["-p", "ab"])) == 2
+    assert "python train_gpt.py makes one" in capsys.readouterr().err
+
+
+def test_broken_weights_are_said_so(tmp_path, capsys):
+    """Logits that are no numbers: exit code 2 with the checkpoint's name, no traceback."""
+    model = tiny_model(vocab_size=len(CHARACTERS["characters"]))
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    content = model_content(model, vars(model.config).copy(), 7, 1.5, CHARACTERS)
+    path = save_pair(tmp_path, 7, content, {})
+    assert run_script(lambda: generate.main(["-m", str(path), "-p", "a", "-d", "cpu"])) == 2
+    assert f"{path}: non-finite logits" in capsys.readouterr().err
