@@ -80,16 +80,14 @@ def run(args) -> dict[str, Any]:
         ratios.append(theirs.seconds[-1] / ours.seconds[-1])
         # Without a cache the whole text takes minutes: every round adds the part that follows.
         start, end = (len(PROMPT[0]) + n * total // args.rounds for n in (number, number + 1))
-        agree = agree and plain.turn(text[:start], end - start) == text[:end]
+        agree = plain.turn(text[:start], end - start) == text[:end] and agree
     agree = agree and all(other == text for other in ours.results + theirs.results)
     for contender in contenders:
         contender.finish()
 
     model = model_for(args, torch.device("cpu"))
-    weights = 4 * model.num_parameters(
-        count_positions=False
-    )  # bytes: all but one row of positions, every token
-    limit = read_bandwidth(device) / weights
+    # Every token reads all of the weights but the other tokens' positions: 4 bytes each.
+    limit = read_bandwidth(device) / (4 * model.num_parameters(count_positions=False))
     figures = {
         "device": device_name(device),
         "parameters": model.num_parameters(),
