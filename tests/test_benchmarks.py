@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 
 from gpt_model import GPT
-from tests.conftest import run, tiny_config, tiny_model
-from utils import benchmark, benchmark_loader, benchmark_step
+from tests.conftest import run, tiny_model
+from utils import benchmark, benchmark_generate, benchmark_loader, benchmark_step
 from utils.benchmark_step import Size, hugging_face_twin, prepare_ours, prepare_plain, random_batches
 from utils.errors import Unfinished
 from utils.in_turns import in_pairs
-from utils.plain_gpt2 import PlainGPT2, plain_greedy
+from utils.plain_gpt2 import plain_greedy, plain_twin
 
 TOY = ("--n-layer", 2, "--n-head", 2, "--n-embd", 32)
 
@@ -27,20 +28,8 @@ def measured(tmp_path, *arguments) -> tuple[dict, str]:
 
 def test_steps_are_compared_at_equal_losses(tmp_path):
     """Ours, plain PyTorch and Hugging Face make the same losses in every step of two micro-batches."""
-    sizes = (
-        *TOY,
-        "--seq-len",
-        16,
-        "--micro-batch",
-        2,
-        "--micro-steps",
-        2,
-        "--vocab-size",
-        300,
-        "--rounds",
-        2,
-    )
-    figures, printed = measured(tmp_path, "step", *sizes, "--device", "cpu")
+    sizes = "--seq-len 16 --micro-batch 2 --micro-steps 2 --vocab-size 300 --rounds 2".split()
+    figures, printed = measured(tmp_path, "step", *TOY, *sizes, "--device", "cpu")
     size = figures["sizes"]["custom"]
     assert figures["agree"] and size["losses_agree"] and size["losses_apart"] < 1e-4
     assert set(size["contenders"]) == {"ours", "plain eager", "Hugging Face"}
@@ -53,8 +42,9 @@ def test_texts_are_compared_token_by_token(tmp_path):
     """Ours, Hugging Face's generate and plain PyTorch without a cache write the same text."""
     figures, printed = measured(tmp_path, "generate", *TOY, "--max-new-tokens", 24, "--rounds", 2)
     assert figures["agree"] and "all wrote the same tokens" in printed
-    for name in ("ours", "Hugging Face", "no cache"):
-        assert figures[name]["tokens_per_second"] > 0 and figures[name]["time_ratio"] > 0
+    ours, plain = figures["ours"]["tokens_per_second"], figures["no cache"]["tokens_per_second"]
+    assert figures["no cache"]["time_ratio"] == pytest.approx(ours / plain)
+    assert figures["ours"]["share_of_limit"] == pytest.approx(ours / figures["limit_tokens_per_second"])
 
 
 def test_shards_and_loader_are_measured(tmp_path):
@@ -113,11 +103,36 @@ def test_other_losses_are_noticed(wrong, monkeypatch, capsys):
     assert not found["losses_agree"] and "DISAGREE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wrong", ["", "ours", "Hugging Face", "no cache"])
+def test_other_texts_are_noticed(wrong, monkeypatch, capsys):
+    """One token that differs in the last round of one contender."""
+    text = [50256, 5, 6, 7, 8]
+
+    class Fake(Timed):
+        def __init__(self, name, prepare, *arguments):
+            super().__init__(*[1.0] * 9)
+            self.name, self.memory, self.median, self.finish = name, 1, 1.0, lambda: None
+            self.ready, self.results = lambda: self, []
+
+        def turn(self, ids=None, count=0, counts=True):
+            super().turn(counts)
+            found = list(text if ids is None else text[: len(ids) + count])
+            if self.name == wrong and len(self.seconds) == 2:
+                found[-1] += 1
+            self.results.append(found)
+            return found
+
+    monkeypatch.setattr(benchmark_generate, "Contender", Fake)
+    monkeypatch.setattr(benchmark_generate, "read_bandwidth", lambda device: 1e9)
+    args = Namespace(n_layer=1, n_head=1, n_embd=8, max_new_tokens=4, rounds=2, device="cpu")
+    assert benchmark_generate.run(args)["agree"] is (wrong == "")
+    assert ("DISAGREE" in capsys.readouterr().out) is (wrong != "")
+
+
 def test_the_references_are_gpt2():
     """The plain model and the twin have our logits; greedy text is the same without a cache."""
     model = tiny_model()
-    plain = PlainGPT2(tiny_config()).eval()
-    plain.load_state_dict(model.state_dict())
+    plain = plain_twin(model).eval()
     idx = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(3))
     logits, _ = model(idx)
     assert (plain(idx) - logits).abs().max() < 1e-4 * logits.abs().max()

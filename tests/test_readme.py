@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,13 @@ def test_every_exception_is_still_in_the_readme():
     for start in NOT_HERE:
         assert any(command.startswith(start) for command in COMMANDS), start
     assert sum(is_run_here(command) for command in COMMANDS) >= 9
+
+
+def test_every_module_is_on_the_map():
+    """A module of utils/ is named in the README, or by a pattern like `utils/hellaswag_*.py`."""
+    named = [word.split("/")[-1] for word in re.findall(r"`([^` ]+\.py)`", README)]
+    modules = [path.name for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__"]
+    assert [name for name in modules if not any(fnmatch(name, pattern) for pattern in named)] == []
 
 
 def test_every_file_of_the_map_exists():

@@ -13,7 +13,7 @@ import torch
 from utils.benchmark_step import Size, fresh_model, hugging_face_twin
 from utils.command_line import positive_int
 from utils.in_turns import Contender, read_bandwidth
-from utils.plain_gpt2 import PlainGPT2, plain_greedy
+from utils.plain_gpt2 import plain_greedy, plain_twin
 from utils.runtime import choose_device, device_name
 from utils.tokenizer import PADDED_GPT2_VOCAB
 
@@ -53,9 +53,7 @@ def prepare_hugging_face(args, device: torch.device):
 
 def prepare_plain(args, device: torch.device):
     """All of the text through the model for every token: `work(ids so far, number of tokens)`."""
-    ours = model_for(args, device)
-    model = PlainGPT2(ours.config).to(device)
-    model.load_state_dict(ours.state_dict())
+    model = plain_twin(model_for(args, device))
 
     def work(ids: list[int], count: int) -> list[int]:
         return plain_greedy(model, torch.tensor([ids], device=device), count)[0].tolist()

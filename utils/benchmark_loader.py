@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from utils.command_line import positive_int
 from utils.data_loader import WindowLoader
+from utils.runtime import peak_memory_bytes
 from utils.shard_format import shard_name, write_shard
 from utils.shards import ShardStream
 from utils.tokenizer import GPT2Tokenizer
 
+CPU = torch.device("cpu")
 MICRO_BATCH, SEQ_LEN = 64, 1024
 WINDOWS_PER_STEP = 512  # 524,288 tokens
 
@@ -44,20 +45,20 @@ def run(args) -> dict:
         for number in range(args.num_shards):
             blocks = _random_blocks(draw, args.shard_tokens)
             write_shard(folder / shard_name("train", number + 1), blocks, args.shard_tokens)
-        before = _peak_megabytes()
+        before = peak_memory_bytes(CPU) / 1e6
         speeds = sorted(_tokens_per_second(folder, args.batches) for _ in range(args.runs))
         median = speeds[len(speeds) // 2]
         print(
             f"{args.num_shards} shards of {args.shard_tokens:,} tokens, shuffled windows of {SEQ_LEN}: "
             f"median {median:,.0f} tokens/s of {args.runs} runs "
             f"(lowest {speeds[0]:,.0f}); "
-            f"memory {before:,.0f} MB before, {_peak_megabytes():,.0f} MB at most"
+            f"memory {before:,.0f} MB before, {peak_memory_bytes(CPU) / 1e6:,.0f} MB at most"
         )
     return {
         "tokens_per_second": median,
         "lowest_tokens_per_second": speeds[0],
         "megabytes_before": before,
-        "peak_megabytes": _peak_megabytes(),
+        "peak_megabytes": peak_memory_bytes(CPU) / 1e6,
         "agree": True,  # it is compared with nothing
     }
 
@@ -78,8 +79,3 @@ def _tokens_per_second(folder: Path, num_batches: int) -> float:
 def _random_blocks(draw: np.random.RandomState, num_tokens: int):
     for start in range(0, num_tokens, 1 << 22):
         yield draw.randint(0, GPT2Tokenizer.num_words, min(1 << 22, num_tokens - start)).astype(np.uint16)
-
-
-def _peak_megabytes() -> float:
-    """The most memory that this process has held; Linux counts in kilobytes, macOS in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

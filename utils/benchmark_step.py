@@ -16,7 +16,7 @@ from gpt_model import GPT, GPTConfig
 from utils.command_line import positive_int
 from utils.errors import UserError
 from utils.in_turns import Contender, in_pairs, product_flops
-from utils.plain_gpt2 import PlainGPT2, plain_adamw, plain_step
+from utils.plain_gpt2 import plain_adamw, plain_step, plain_twin
 from utils.runtime import (
     DTYPES,
     autocast,
@@ -145,9 +145,7 @@ def prepare_ours(
 def prepare_plain(size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype):
     """Plain eager PyTorch."""
     set_numerics(seed=1337, deterministic=False)
-    ours = fresh_model(size, vocab_size, device)
-    model = PlainGPT2(ours.config).to(device)
-    model.load_state_dict(ours.state_dict())
+    model = plain_twin(fresh_model(size, vocab_size, device))
     return device, _plain_work(model, model, size, vocab_size, device, dtype)
 
 

@@ -56,6 +56,13 @@ class PlainGPT2(nn.Module):
         return self.lm_head(self.transformer["ln_f"](x))
 
 
+def plain_twin(model: nn.Module) -> PlainGPT2:
+    """The plain model with the weights of a `gpt_model.GPT`, on its device."""
+    twin = PlainGPT2(model.config).to(model.lm_head.weight.device)
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
 def plain_adamw(model: nn.Module, weight_decay: float, learning_rate: float) -> torch.optim.AdamW:
     """PyTorch's AdamW with its default implementation; matrices decay, vectors do not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
