@@ -20,7 +20,7 @@ import sys
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from utils.command_line import ArgumentParser, positive_int
 from utils.corpus import (
@@ -219,26 +219,23 @@ def build(args: Namespace, source: LocalFiles | HubFiles, manifest: Manifest) ->
     missing = list(manifest.missing())
     expected = print_plan(source, manifest, args)
 
-    def queue_from(position: Position, documents: int, on_tokens) -> TokenQueue:
+    @contextlib.contextmanager
+    def queue_from(position: Position, documents: int, on_tokens) -> Iterator[TokenQueue]:
         check = partial(must_use_reference, source, args.text_field, position)
         blocks = blocks_from(source, args.text_field, position, args.num_workers, check)
-        stack.enter_context(contextlib.closing(blocks))
-        return TokenQueue(blocks, position, documents, on_tokens)
+        with contextlib.closing(blocks):
+            yield TokenQueue(blocks, position, documents, on_tokens)
 
     for index in missing:
-        with contextlib.ExitStack() as stack:
-            rebuild(manifest, index, queue_from(*manifest.start_of(index), lambda count: None))
+        with queue_from(*manifest.start_of(index), lambda count: None) as queue:
+            rebuild(manifest, index, queue)
     if is_done(manifest, args):
         return
     rate = 0.5 if sys.stderr.isatty() else 30  # seconds between two states of the line
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(
-                total=expected, initial=manifest.num_tokens, unit=" tokens", unit_scale=True, mininterval=rate
-            )
-        )
-        queue = queue_from(*manifest.start_of(len(manifest.shards)), bar.update)
-        pack(manifest, queue, args.max_shards, lambda number: bar.set_description(f"shard {number}"))
+    units = dict(unit=" tokens", unit_scale=True, mininterval=rate)
+    with tqdm(total=expected, initial=manifest.num_tokens, **units) as bar:
+        with queue_from(*manifest.start_of(len(manifest.shards)), bar.update) as queue:
+            pack(manifest, queue, args.max_shards, lambda number: bar.set_description(f"shard {number}"))
 
 
 def is_done(manifest: Manifest, args: Namespace) -> bool:

@@ -4,11 +4,11 @@
     python eval_hellaswag.py -m log/model_19073.pt --output ours.jsonl
     python eval_hellaswag.py --compare gpt2.jsonl ours.jsonl
 
-What is scored are the tokens of an ending, given the context. Written plainly that is four padded rows an
-example and logits for every position. Here each example is a prefix tree: what several rows begin with goes
-through the model once, the last token of a row, after which nothing is predicted, not at all, and only
-positions that predict an ending's token meet the vocabulary. That is half the positions and a third of the
-logits, and the losses are the same.
+Only the tokens of an ending are scored, given the context. Written plainly, that is four padded rows an
+example and logits for every position. Here an example is a prefix tree: a beginning that several rows share
+goes through the model once; a row's last token, which predicts nothing, not at all; and only positions that
+predict an ending's token are multiplied with the vocabulary. That is half the positions and a third of the
+logits; the losses are the same up to rounding.
 
 Shapes: R rows (one an example), T positions, C channels, V vocabulary, S scored tokens, U positions that
 predict them.
@@ -59,6 +59,7 @@ def render_multiple_choice_tensors(
         example: a row of the data set.
         tokenizer: GPT-2's by default.
         block_size: a longer row keeps its last block_size tokens.
+        style: "completion" or "lm-eval", see README.
 
     Returns:
         (data: dict with label, ctx_tokens and ending_tokens as lists of ids, for comparisons with other code;
@@ -267,7 +268,10 @@ def count_correct(batch: Sequence[Example], loss_sum: np.ndarray) -> tuple[int, 
 
 
 class Progress:
-    """The running acc_norm: a bar on a terminal, else a line each tenth of the way. Short examples last."""
+    """The running acc_norm: a bar on a terminal, else a line each tenth of the way.
+
+    The longest examples come first, so the early values are no fair sample.
+    """
 
     def __init__(self, total: int, labelled: bool):
         self.total, self.labelled = total, labelled

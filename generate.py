@@ -10,11 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gpt_model import GPT
 from utils.checkpoint import newest_model_file
 from utils.command_line import ArgumentParser, non_negative_float, positive_float, positive_int
+from utils.data_loader import read_text
 from utils.distributed import environment_rank
 from utils.errors import UserError, run_script
 from utils.runtime import choose_device
@@ -30,7 +32,7 @@ def encode_prompt(prompt: str, tokenizer, block_size: int, say=print) -> torch.T
     """
     ids = tokenizer.encode(prompt, allow_special=True).astype("int64")
     if len(ids) == 0:
-        ids = torch.tensor([tokenizer.end_of_text or 0]).numpy()
+        ids = np.array([tokenizer.end_of_text or 0])
     if len(ids) > block_size:
         say(f"the prompt has {len(ids)} tokens, the model reads {block_size}: its last {block_size} are kept")
         ids = ids[-block_size:]
@@ -81,13 +83,11 @@ def read_prompt(argument: str) -> str:
     if argument == "-":
         return sys.stdin.read()
     if argument.startswith("FILE:"):
-        from utils.data_loader import read_text
-
         return read_text(Path(argument[len("FILE:") :]), flag="-p FILE:")
     return argument
 
 
-def chat_at_terminal(model: GPT, tokenizer, args) -> None:
+def prompt_at_terminal(model: GPT, tokenizer, args) -> None:
     """Reads prompts and streams continuations until an empty line or the end of input."""
     device = model.lm_head.weight.device
     generator = torch.Generator(device=device).manual_seed(args.seed)
@@ -142,7 +142,7 @@ def parse_arguments(argv: list[str] | None):
     if args.top_p is not None and args.top_p > 1:
         raise UserError(
             f"--top-p {args.top_p} is not a probability (expected at most 1)",
-            "leave it out to sample from all",
+            "give at most 1, or leave it out (--top-k still applies)",
         )
     return args
 
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 def continue_prompts(model: GPT, tokenizer, args) -> int:
     """The work of the script, for whatever gives the prompts."""
     if args.prompt is None and sys.stdin.isatty():
-        chat_at_terminal(model, tokenizer, args)
+        prompt_at_terminal(model, tokenizer, args)
         return 0
     prompt = read_prompt(args.prompt if args.prompt is not None else "-")
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)

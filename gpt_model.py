@@ -3,7 +3,7 @@
 Parameter names are those of the released checkpoints, so OpenAI's weights load with nothing but transposes.
 Sources: Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3: optimizer).
 
-Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), V vocabulary.
+Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), L layers, V vocabulary.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ class KeyValueCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a position sees itself and what came before it."""
+    """Multi-head attention, (B, T, C) to (B, T, C): a position sees itself and what came before it.
+
+    An `attention_mask` (B, 1, T, T), True where a row may see a column, takes the place of the causal one.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -101,7 +104,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide in between."""
+    """Two layers, four times as wide in between: (B, T, C) to (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -145,7 +148,7 @@ class GPT(nn.Module):
             ln_f=nn.LayerNorm(config.n_embd),
         ))  # fmt: skip
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        # One tensor for reading and writing words (Press & Wolf 2017).
+        # One tensor for reading and writing tokens (Press & Wolf 2017).
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
 
@@ -153,8 +156,8 @@ class GPT(nn.Module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             std = 0.02
             if hasattr(module, "NANOGPT_SCALE_INIT"):
-                # Two additions a layer grow the residual stream; this keeps its variance that of one (GPT-2,
-                # section 2.3).
+                # All 2 L additions to the residual stream together have the variance of one (GPT-2, section
+                # 2.3).
                 std *= (2 * self.config.n_layer) ** -0.5
             nn.init.normal_(module.weight, mean=0.0, std=std)
             if getattr(module, "bias", None) is not None:
@@ -179,9 +182,13 @@ class GPT(nn.Module):
 
         Returns:
             (B, T, C) normalised hidden states.
+
+        Raises:
+            UserError: more tokens than the block size.
         """
         past = cache.length if cache is not None else 0
         T = idx.size(1)
+        assert past == 0 or T == 1, "behind a filled cache, one token at a time: there is no mask"
         if past + T > self.config.block_size and positions is None:
             raise UserError(
                 f"{past + T} tokens do not fit the block size of {self.config.block_size}",
@@ -218,7 +225,7 @@ class GPT(nn.Module):
         return logits, loss
 
     def num_parameters(self, count_positions: bool = True) -> int:
-        """Parameters, the shared embedding once; without `count_positions` as the FLOP formula wants them."""
+        """Number of parameters, the tied embedding once; without the position embedding for FLOP counts."""
         total = sum(p.numel() for p in self.parameters())
         return total if count_positions else total - self.transformer.wpe.weight.numel()
 
@@ -288,7 +295,7 @@ class GPT(nn.Module):
             max_new_tokens: how many to add.
             temperature: 0 takes the likeliest token; below 1 sharpens, above 1 flattens the distribution.
             top_k: sample from the k likeliest tokens only.
-            top_p: sample from the smallest set of tokens whose probabilities add up to p (Holtzman et al.
+            top_p: of those, sample from the smallest set whose probabilities add up to p (Holtzman et al.
                 2020).
             generator: source of randomness, on the model's device; the global one is never touched if it is
                 given.
@@ -317,9 +324,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> GPT:
-        """The model in a checkpoint that train_gpt.py wrote.
+        """The model in a checkpoint of train_gpt.py or of nanoGPT.
 
-        Raises UserError if the file is missing, damaged or foreign.
+        Raises UserError if the file is missing, damaged, or none of these.
         """
         from utils.checkpoint import load_model_file
 

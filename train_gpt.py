@@ -4,7 +4,7 @@
     python train_gpt.py --preset char --data input.txt         a character model in a minute
     torchrun --standalone --nproc_per_node=8 train_gpt.py      the GPT-2 124M run on FineWeb-Edu
 
-The constants are the faithful run; every one is a flag, and a preset is a small table of overrides.
+The constants are the faithful run and the defaults of the flags; a preset is a small table of overrides.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from utils.stopping import Stopped, StopSignals
 
 # ------------------------------------------------------------------------------------------------------------
 # The faithful run: GPT-2 124M, 10 billion tokens (settings of GPT-3 Small, Brown et al. 2020, table 2.1).
-# Each constant is the default of the flag of its name.
+# A constant that has a flag of its name is that flag's default.
 
 N_LAYER, N_HEAD, N_EMBD = 12, 12, 768
 SEQ_LEN = 1024  # T, also the block size
@@ -152,7 +152,8 @@ def update(run: Run, batches: Iterator, progress: Progress) -> tuple[float, floa
     """One step of the optimizer. Returns the mean loss of its tokens, the gradient's norm, the learning rate.
 
     Raises:
-        Diverged: loss or norm is not finite, on any rank; the weights are as they were.
+        Diverged: the loss, or but for fp16 the norm, is not finite on some rank, and the weights are as they
+            were; or too many spikes have been skipped.
         Stopped: a signal came; the step has not happened.
     """
     args, dist, losses = run.args, run.dist, []

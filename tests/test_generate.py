@@ -98,7 +98,7 @@ def test_half_a_character_waits_for_its_other_half(monkeypatch, capsys):
     prompts, pieces = iter(["x", ""]), []
     monkeypatch.setattr("builtins.input", lambda text: next(prompts))
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0] if a else "\n"))
-    generate.chat_at_terminal(model, tokenizer, generate.parse_arguments([]))
+    generate.prompt_at_terminal(model, tokenizer, generate.parse_arguments([]))
     assert pieces == ["a", "\U0001f600", "b", "\n"]
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, run
+from train_gpt import read_arguments
+from utils.settings import accumulation_steps
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -95,6 +97,18 @@ def test_every_exception_is_still_in_the_readme():
     assert sum(is_run_here(command) for command in COMMANDS) >= 9
 
 
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("torchrun")])
+def test_the_batch_can_be_split_over_the_gpus(command):
+    """Each torchrun line gives every GPU a whole number of micro-batches of the faithful run."""
+    launcher, flags = command.split(" train_gpt.py")
+    nodes, gpus = (
+        int(found[1]) if (found := re.search(rf"--{name}=(\d+)", launcher)) else 1
+        for name in ("nnodes", "nproc_per_node")
+    )
+    args, _ = read_arguments(["--preset", "gpt2", *flags.split()])
+    assert accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, nodes * gpus) >= 1
+
+
 def test_every_module_is_on_the_map():
     """A module of utils/ is named in the README, or by a pattern like `utils/hellaswag_*.py`."""
     named = [word.split("/")[-1] for word in re.findall(r"`([^` ]+\.py)`", README)]
@@ -106,5 +120,5 @@ def test_every_file_of_the_map_exists():
     """File names in code marks are files of the project, unless a run makes them."""
     for name in re.findall(r"`(?:utils/)?[a-z_]+\.py`", README):
         path = ROOT / name.strip("`")
-        is_theirs = name in ("`train_gpt2.py`", "`fineweb.py`", "`hellaswag.py`")
+        is_theirs = name in ("`train_gpt2.py`", "`fineweb.py`", "`hellaswag.py`", "`sample.py`")
         assert is_theirs or path.exists() or (ROOT / "utils" / path.name).exists(), name

@@ -31,7 +31,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--batches", type=positive_int, default=2000, help=f"of {MICRO_BATCH} x {SEQ_LEN} tokens"
     )
-    parser.add_argument("--runs", type=positive_int, default=3, help="the median counts")
+    parser.add_argument("--runs", type=positive_int, default=7, help="the median counts")
 
 
 def run(args) -> dict:

@@ -35,7 +35,7 @@ DOCUMENT_CHARACTERS = 4500  # on average, as in FineWeb-Edu
 def add_arguments(parser) -> None:
     """The flags of `python -m utils.benchmark shards`."""
     parser.add_argument("--megabytes", type=positive_int, default=100, help="English text to tokenize")
-    parser.add_argument("--runs", type=positive_int, default=5, help="of each, in turns; the median counts")
+    parser.add_argument("--runs", type=positive_int, default=7, help="of each, in turns; the median counts")
     parser.add_argument("--shard-tokens", type=positive_int, default=10_000_000, help="tokens of a shard")
     parser.add_argument("--input", type=Path, help="a parquet file of your own, with a column `text`")
 

@@ -184,7 +184,8 @@ def load_model_file(path: str | Path, warn: bool = True) -> dict[str, Any]:
             plain.
 
     Returns:
-        dict with model (state dict), config (dict), step, val_loss, tokenizer (state dict) and versions.
+        dict with model (state dict), config (dict), step, val_loss, tokenizer (what `tokenizer_from_state`
+        reads) and versions.
 
     Checkpoints of nanoGPT and build-nanogpt become such a dict, too.
 

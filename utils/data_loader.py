@@ -83,7 +83,7 @@ def read_text(path: Path, flag: str = "--data") -> str:
     """
     if path.is_dir():
         raise UserError(
-            f"{path} is a folder without token shards (expected a text file or shards)",
+            f"{path} is a folder (expected a text file)",
             f"give {flag} a text file",
         )
     try:

@@ -172,6 +172,7 @@ def start(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distri
 
     Raises:
         UserError: torchrun's variables contradict each other or are missing in part.
+        Unfinished: the job cannot be joined.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]

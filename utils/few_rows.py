@@ -1,4 +1,4 @@
-"""A linear layer that samples text as fast as a CPU can read its weights.
+"""`nn.Linear` for sampling on a CPU: a few rows are multiplied with all threads reading the weights.
 
 With a few rows, the time of a product is that of reading the weights. MKL's own way to multiply few rows
 reads them with one thread, at a third of the memory's bandwidth; a batch of products, each with a part of the

@@ -1,7 +1,7 @@
 """HellaSwag's files: downloaded once, checked before they count, every row well formed or an error.
 
 HellaSwag (Zellers et al. 2019): a context and four endings, one of which is how the text really went on.
-Half of the contexts caption videos (ActivityNet), half come from WikiHow.
+A third of the contexts caption videos (ActivityNet), two thirds come from WikiHow.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How much memory a training step takes, by counting its tensors: known before anything is allocated.
 
-The account of tensors is the same for CPU and CUDA. On a CPU the rests that its allocator cannot reuse come
-on top. What belongs to no tensor of ours is left out: libraries' work areas, Python itself.
+The account of tensors is the same for CPU and CUDA; on a CPU, what fragmentation leaves unused comes on top.
+What belongs to no tensor of ours is left out: libraries' work areas, Python itself.
 
 Shapes: B batch, T time, C channels, H heads, L layers, V vocabulary, N = B * T rows, R rows of a chunk of
 logits.

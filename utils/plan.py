@@ -115,7 +115,7 @@ def memory_line(estimate: MemoryEstimate) -> str:
         f"memory: about {in_words(estimate.peak)} a process (parameters {in_words(estimate.parameters)}, "
         f"gradients {in_words(estimate.gradients)}, optimizer {in_words(estimate.optimizer)}, "
         f"activations {in_words(estimate.activations)}, loss {in_words(estimate.loss)}, "
-        f"allocator's rests {in_words(estimate.unused)}; not all of them at one time)"
+        f"fragmentation {in_words(estimate.unused)}; not all of them at one time)"
     )
 
 

@@ -16,10 +16,12 @@ def accumulation_steps(total_batch_tokens: int, micro_batch: int, seq_len: int, 
     tokens_at_once = micro_batch * seq_len * world_size
     steps, rest = divmod(total_batch_tokens, tokens_at_once)
     if rest or steps == 0:
-        nearest = [str(n * tokens_at_once) for n in (steps, steps + 1) if n > 0]
+        nearest = ", ".join(str(n * tokens_at_once) for n in (steps, steps + 1) if n > 0)
+        windows, rest = divmod(total_batch_tokens, seq_len * world_size)
+        fitting = f" (or --micro-batch {windows})" if steps == 0 and windows and not rest else ""
         raise UserError(
             f"TOTAL_BATCH_TOKENS={total_batch_tokens} is not a multiple of B*T*world_size = "
-            f"{micro_batch}*{seq_len}*{world_size} = {tokens_at_once}; nearest: {', '.join(nearest)}",
+            f"{micro_batch}*{seq_len}*{world_size} = {tokens_at_once}; nearest: {nearest}{fitting}",
             "change --total-batch-tokens, --micro-batch or --seq-len",
         )
     return steps

@@ -5,7 +5,9 @@ Both tokenizers have the same few members:
     num_words       ids that exist, 0..num_words-1
     vocab_size      num_words, padded for the model where that pays
     end_of_text     id of <|endoftext|>, or None
-    encode(text)    -> 1-D numpy array of ids, no special tokens; uint16, or uint32 where ids need it
+    encode(text, allow_special=False)
+                    -> 1-D numpy array of ids, uint16, or uint32 where ids need it; <|endoftext|> is text
+                    like any other unless special tokens are allowed
     decode(ids)     -> text
     state()         -> plain dict for a checkpoint; `tokenizer_from_state` reads it
 """

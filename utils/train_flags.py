@@ -88,7 +88,12 @@ def _add_recipe(parser: ArgumentParser) -> None:
     add("--min-lr", type=non_negative_float, help="learning rate at the end")
     add("--weight-decay", type=non_negative_float, help="of matrices")
     add("--grad-clip", type=positive_float, help="largest norm of the gradient")
-    add("--skip-spikes", type=non_negative_float, metavar="Z", help="skip updates Z sigmas above; 0: none")
+    add(
+        "--skip-spikes",
+        type=non_negative_float,
+        metavar="Z",
+        help="skip norms Z sigmas above the mean; 0: none",
+    )
     add("--seed", type=non_negative_int, help="of weights and data order")
 
 
@@ -118,7 +123,11 @@ def _add_running(parser: ArgumentParser) -> None:
         metavar="CHECKPOINT",
         help="go on from the newest, or from this one",
     )
-    add("--checkpoint-every", type=non_negative_int, help="steps between checkpoints, and after the last")
+    add(
+        "--checkpoint-every",
+        type=non_negative_int,
+        help="steps between checkpoints; 0: the last only",
+    )
     add("--keep-checkpoints", type=positive_int, help="newest checkpoints that can be resumed from")
     add("--keep-every", type=non_negative_int, help="models of these steps stay; 0: only the last")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
