@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from gpt_model import GPT
 from utils import hellaswag_results as results
 from utils.command_line import ArgumentParser, positive_int
-from utils.distributed import Distributed, environment_rank
+from utils.distributed import Distributed, environment_local_rank
 from utils.errors import UserError, run_script
 from utils.hellaswag_data import NUM_ENDINGS, choose_directory, find_or_download, read_rows
 from utils.hellaswag_examples import Example, choose_tokenizer, crop_rows, load_examples, tokenize
@@ -372,4 +372,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, environment_rank()))
+    sys.exit(run_script(main, environment_local_rank()))

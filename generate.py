@@ -17,7 +17,7 @@ from gpt_model import GPT
 from utils.checkpoint import newest_model_file
 from utils.command_line import ArgumentParser, non_negative_float, positive_float, positive_int
 from utils.data_loader import read_text
-from utils.distributed import environment_rank
+from utils.distributed import environment_local_rank
 from utils.errors import UserError, run_script
 from utils.runtime import choose_device
 from utils.tokenizer import tokenizer_from_state
@@ -181,4 +181,4 @@ def continue_prompts(model: GPT, tokenizer, args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, environment_rank()))
+    sys.exit(run_script(main, environment_local_rank()))

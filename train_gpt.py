@@ -174,7 +174,7 @@ def update(run: Run, batches: Iterator, progress: Progress) -> tuple[float, floa
     lr = learning_rate_for(progress.step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    if not math.isfinite(norm) or run.spikes.accepts(norm):  # in fp16 the scaler skips overflows by itself
+    if run.spikes.accepts(norm):
         run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -326,8 +326,6 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
             where = f"saved {args.log_dir} at step {progress.step}"
             log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
             return stop.exit_code
-        except micro_batch.OutOfMemory as error:
-            raise micro_batch.out_of_memory(args.micro_batch, progress.step) from error
         log.try_to(write_report)
         memory = runtime.peak_memory_bytes(dist.device) / 1e9
         log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
@@ -342,7 +340,8 @@ def main(argv: list[str] | None = None) -> int:
     device = runtime.choose_device(args.device, distributed.environment_local_rank())
     if device.value.type == "cpu":
         runtime.keep_freed_memory()
-    with distributed.start(device.value, args.dist_timeout) as dist:
+    job = distributed.start(device.value, args.dist_timeout)
+    with job as dist, micro_batch.explains_out_of_memory(args):
         if args.eval_only:
             return report_val_loss(args, dist)
         check_training_settings(args, dist.world_size)
@@ -368,6 +367,7 @@ def dry_run(run: Run, reasons: dict[str, str]) -> int:
         loss.backward()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - started)
+    run.optimizer.step()  # its moments are part of what must fit
     lines = plan.dry_run_lines(run, sorted(seconds)[DRY_RUN_STEPS // 2], run.args.cost_per_hour)
     if run.dist.is_master:
         print("\n".join([*plan.describe(run, reasons), *lines]))
@@ -394,4 +394,4 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, distributed.environment_rank()))
+    sys.exit(run_script(main, distributed.environment_local_rank()))

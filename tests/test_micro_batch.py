@@ -60,6 +60,6 @@ def test_running_out_of_memory_names_the_flag(text_file, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_gpt, "update", full)
     flags = ["--preset", "char", "--data", str(text_file), "--log-dir", str(tmp_path), "--device", "cpu"]
-    with pytest.raises(UserError, match="out of memory at step 0 with --micro-batch 12") as caught:
+    with pytest.raises(UserError, match="out of memory with --micro-batch 12") as caught:
         train_gpt.main([*flags, "--val-every", "0", "--micro-batch", "12"])
     assert "--micro-batch 6 or auto" in caught.value.hint

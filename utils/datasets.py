@@ -49,9 +49,7 @@ def choose_source(requested: str | None) -> Source:
 
 def fetch(source: Source, dist: Distributed) -> Source:
     """Gets Tiny Shakespeare where chosen, once a machine; without a network, Python's documentation."""
-    if source.kind != "download":
-        return source
-    if dist.local_rank == 0 and not source.path.exists():
+    if source.kind == "download" and dist.local_rank == 0 and not source.path.exists():
         try:
             download(TINY_SHAKESPEARE_URL, source.path, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_BYTES)
         except OSError as error:
@@ -59,7 +57,9 @@ def fetch(source: Source, dist: Distributed) -> Source:
                 f"warning: cannot download Tiny Shakespeare ({error}); "
                 f"put any text into {source.path} to train on it"
             )
-    dist.barrier()
+    dist.barrier()  # for any kind of source: another machine may have chosen another one
+    if source.kind != "download":
+        return source
     # Every rank looks at its own machine's disk; open_streams compares what they found.
     if source.path.exists():
         return Source("text", source.path, source.reason + ": Tiny Shakespeare was downloaded")

@@ -112,6 +112,7 @@ class Distributed:
                 error = (str(raised), raised.hint)
             except OSError as raised:
                 error = (str(raised), "is the disk full, or its file system unable to do this?")
+        self.barrier()  # longer than a broadcast would wait
         value, error = self.broadcast((value, error))
         if error is not None:
             raise UserError(*error)
@@ -151,9 +152,11 @@ class Distributed:
         """
         if self.is_alone:
             return
-        zeros = torch.zeros(B, T, dtype=torch.long, device=self.device)
-        with autocast:
-            _, loss = trained_model(zeros, zeros, return_logits=False)
+        zeros = torch.zeros(B, T + 1, dtype=torch.long, device=self.device)
+        with (
+            autocast
+        ):  # strides are those of the loader's windows, or a compiled model would be compiled again
+            _, loss = trained_model(zeros[:, :-1], zeros[:, 1:], return_logits=False)
         loss.backward()
         trained_model.zero_grad(set_to_none=True)
 
@@ -198,16 +201,17 @@ def start(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distri
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         torch_dist.init_process_group(backend, timeout=timeout)
+        control_group = torch_dist.new_group(backend="gloo", timeout=timeout)
+        patient_group = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:  # torch's own errors of stores and networks are RuntimeErrors
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).strip().split("\n")[0]
-        hint = "use torchrun --standalone, or another --master_port; can every node reach that address?"
+        hint = (
+            "use torchrun --standalone, or another --master_port; can every node reach that address? "
+            "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface"
+        )
         raise Unfinished(
             f"rank {rank} cannot join the job at {address} over {backend}: {reason}", hint, True
         ) from error
-    try:
-        control_group = torch_dist.new_group(backend="gloo", timeout=timeout)
-        patient_group = torch_dist.new_group(backend="gloo", timeout=PATIENCE)
-        yield Distributed(device, rank, environment_local_rank(), world_size, control_group, patient_group)
-    finally:
-        torch_dist.destroy_process_group()
+    yield Distributed(device, rank, environment_local_rank(), world_size, control_group, patient_group)
+    torch_dist.destroy_process_group()  # after an error, `run_script` leaves without it

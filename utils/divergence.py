@@ -29,11 +29,16 @@ class SpikeFilter:
         self.num_skipped = 0
 
     def accepts(self, norm: float) -> bool:
-        """Whether the update with this finite gradient norm may happen; the same answer on every rank.
+        """Whether the update with this gradient norm may happen; the same answer on every rank.
+
+        A norm that is not finite (fp16) is let through and counted: the scaler skips that update itself.
 
         Raises:
             Diverged: more than 10 of the last 100 updates would have been skipped.
         """
+        if not math.isfinite(norm):
+            self.num_skipped += 1
+            return True
         if not self.threshold:
             return True
         spike = len(self.accepted) == WINDOW and self._z_score(norm) > self.threshold

@@ -7,7 +7,9 @@ SIGTERM.
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from typing import Callable
 
 
@@ -17,7 +19,7 @@ class UserError(ValueError):
     Args:
         what: the `error:` line: what is wrong, the value, what was expected and what was found.
         hint: the `hint:` line: what to run or to change.
-        one_rank_only: the error depends on this rank's part of the data, so this rank must report it itself.
+        one_rank_only: other ranks may not meet it, so this rank must report it itself.
     """
 
     exit_code = 2
@@ -40,18 +42,37 @@ class Unfinished(UserError):
     exit_code = 1
 
 
-def run_script(main: Callable[[], int | None], rank: int = 0) -> int:
+def run_script(main: Callable[[], int | None], local_rank: int = 0) -> int:
     """Runs a script's `main` and turns its errors into two lines on stderr. Returns the exit code.
 
-    An error that all ranks meet alike is printed by rank 0 alone.
+    An error that all ranks meet alike is printed once a machine.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console that has no such letter ends no run
     try:
         return main() or 0
     except UserError as error:
-        if rank == 0 or error.one_rank_only:
+        if local_rank == 0 or error.one_rank_only:
             sys.stdout.flush()
             print(f"error: {error}\nhint: {error.hint}", file=sys.stderr, flush=True)
-        return error.exit_code
+        code = error.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+        code = 130
+    except Exception:
+        if not _is_in_a_job():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _is_in_a_job():
+        # Others may be waiting in a collective, and NCCL would wait for them before it lets this process go.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _is_in_a_job() -> bool:
+    torch = sys.modules.get("torch")  # where it is not imported, there is no job
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()

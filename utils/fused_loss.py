@@ -80,7 +80,9 @@ class _FusedCrossEntropy(torch.autograd.Function):
             if compute_dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.t(), counted_hidden)
             else:
-                grad_weight.add_(grad_logits.t() @ counted_hidden)
+                # A product of thousands of rows may leave fp16's range, before any scaler sees it.
+                shrink = 64 if compute_dtype == torch.float16 else 1
+                grad_weight.add_(grad_logits.t() @ (counted_hidden / shrink), alpha=shrink)
         num_counted = counts.sum()
         ctx.save_for_backward(grad_hidden, grad_weight, num_counted)
         ctx.dtypes = hidden.dtype, weight.dtype

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 
@@ -56,17 +57,23 @@ def largest_that_fits(try_step: Callable[[int], None], rows: int) -> int:
             break
         found, B = B, 2 * B
     if not found:
-        raise UserError("not even one window fits the device's memory", "use a smaller model or --seq-len")
+        hint = "use a smaller model or --seq-len"
+        raise UserError("not even one window fits the device's memory", hint, one_rank_only=True)
     return found
 
 
-def out_of_memory(B: int, step: int) -> UserError:
-    """What to tell a user whose training step did not fit."""
-    return UserError(
-        f"out of memory at step {step} with --micro-batch {B}",
-        f"use --micro-batch {max(1, B // 2)} or auto: the batch of an update stays the same; then --resume",
-        one_rank_only=True,
-    )
+@contextlib.contextmanager
+def explains_out_of_memory(args: Namespace) -> Iterator[None]:
+    """Turns a device without room into a UserError that names the flag to change."""
+    try:
+        yield
+    except OutOfMemory as error:
+        smaller = max(1, args.micro_batch // 2) if args.micro_batch != "auto" else 1
+        raise UserError(
+            f"out of memory with --micro-batch {args.micro_batch}",
+            f"use --micro-batch {smaller} or auto: the batch of an update stays the same; then --resume",
+            one_rank_only=True,
+        ) from error
 
 
 def _real_step(model, args: Namespace, device: torch.device, dtype: torch.dtype, B: int) -> None:

@@ -23,9 +23,10 @@ from utils.checkpoint import (
     save_pair,
     versions,
 )
-from utils.distributed import Distributed, restart_count
+from utils.distributed import restart_count
 from utils.errors import UserError
 from utils.run_dir import archive_run, cut_logs_back, log_sizes
+from utils.runtime import device_name
 
 # A change of these would train on windows again or leave some out.
 FIXED = ("seq_len", "seed", "shuffle")
@@ -99,7 +100,7 @@ def resume_state(run, progress: Progress) -> dict[str, Any]:
         "scaler": run.scaler.state_dict(),
         "spikes": run.spikes.state_dict(),
         "log": log_sizes(run.args.log_dir),
-        "environment": environment(run.dist),
+        "environment": environment(run),
     }
 
 
@@ -130,10 +131,14 @@ def save(run, log, progress: Progress) -> bool:
     return progress.saved == moment
 
 
-def environment(dist: Distributed) -> dict[str, Any]:
+def environment(run) -> dict[str, Any]:
     """What results depend on besides the settings."""
     return dict(
-        versions(), world_size=dist.world_size, threads=torch.get_num_threads(), device=dist.device.type
+        versions(),
+        world_size=run.dist.world_size,
+        threads=torch.get_num_threads(),
+        device=device_name(run.dist.device),
+        computes_in=str(run.dtype),  # "auto" may mean another dtype on another device
     )
 
 
@@ -168,7 +173,8 @@ def begin(run, progress: Progress) -> list[str]:
     """
     args, dist = run.args, run.dist
     requested = args.resume
-    if restart_count() and (requested is None or model_files(args.log_dir)):
+    # A machine whose own workers were well has not counted the restart that another one asked for.
+    if dist.max_number(restart_count()) and (requested is None or model_files(args.log_dir)):
         requested = "newest"  # torchrun restarts the same command: what it has done since counts
     found: list[dict] = []  # contents of both files, on rank 0
 
@@ -233,7 +239,7 @@ def check_same_run(run, path: Path, model: dict, state: dict) -> list[str]:
     warnings = []
     if changed:
         warnings.append(f"warning: settings have changed: {', '.join(changed)}; going on with the new ones")
-    before, now = state["environment"], environment(run.dist)
+    before, now = state["environment"], environment(run)
     other = [f"{key} {before[key]} -> {now[key]}" for key in now if before.get(key) != now[key]]
     if other:
         warnings.append(

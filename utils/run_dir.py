@@ -14,8 +14,12 @@ from utils.checkpoint import step_of
 from utils.distributed import Distributed
 from utils.errors import UserError
 
-KEPT = ("README.md", "archive")  # what stays when a run's files move
 LOGS = ("log.txt", "metrics.jsonl", "samples.txt")  # what a resumed run cuts back to its checkpoint
+# All that a run writes: what a later one moves away. Other files in the folder are not ours to move.
+OURS = (
+    *("model_*.pt", "optimizer_*.pt", *LOGS, *(f"{name}.stale" for name in LOGS)),
+    *("curves.png", "report.md", "tensorboard", "wandb", "wandb_id.txt"),
+)
 
 
 def prepare_log_dir(log_dir: Path) -> None:
@@ -92,7 +96,7 @@ def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | N
     Returns:
         The folder, or None if there was nothing to move.
     """
-    files = [path for path in log_dir.iterdir() if path.name not in KEPT and not path.name.startswith(".")]
+    files = [path for pattern in OURS for path in log_dir.glob(pattern)]
     if checkpoints_after is not None:
         files = [path for path in files if path.suffix == ".pt" and step_of(path) > checkpoints_after]
     if not files:

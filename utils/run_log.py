@@ -98,12 +98,13 @@ class RunLog:
         """Writes down an update: loss and norm before it, and what it took.
 
         Args:
-            skipped: updates skipped so far, for spikes of the norm.
+            skipped: updates skipped so far, for spikes of the norm or because fp16 overflowed.
             memory: most bytes used so far.
         """
         self.result(step, "train", loss)
         took = dict(seconds=speed.seconds, mfu=speed.mfu, memory=memory)
-        self.record("train", step=step, loss=loss, lr=lr, norm=norm, skipped=skipped, **took)
+        known_norm = norm if math.isfinite(norm) else None  # JSON has no infinity
+        self.record("train", step=step, loss=loss, lr=lr, norm=known_norm, skipped=skipped, **took)
         parts = [
             f"step {step:5d} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}",
             f"{1000 * speed.seconds:.0f} ms | {speed.tokens_per_second:,.0f} tok/s",
@@ -120,11 +121,11 @@ class RunLog:
         self.try_to(plot_run)
 
     def try_to(self, write: Callable[[Path], Any]) -> None:
-        """Writes a page or a picture of the run, on rank 0; a full disk is a warning."""
+        """Writes a page or a picture of the run, on rank 0; whatever goes wrong with it is a warning."""
         if self.is_master:
             try:
                 write(self.log_dir)
-            except OSError as error:
+            except Exception as error:  # a library's, too: no picture is worth a run
                 self.say(f"warning: {error}; training goes on")
 
     def _write(self, file, text: str) -> None:

@@ -7,7 +7,10 @@ import ctypes
 import os
 import platform
 import re
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +72,7 @@ def choose_device(requested: str, local_rank: int = 0) -> Decision:
             raise UserError(
                 f"process {index} of this machine has no GPU of its own (found {_devices_here()})",
                 f"start at most {num_gpus} processes: torchrun --nproc_per_node={num_gpus}",
+                one_rank_only=True,
             )
         device = torch.device("cuda", index)
     elif device.type == "mps" and not has_mps:
@@ -166,6 +170,10 @@ def choose_compile(requested: str, device: torch.device) -> Decision:
         return Decision(False, "auto: Triton is not installed")
     if torch.cuda.get_device_capability(device) < (7, 0):
         return Decision(False, "auto: Triton needs compute capability 7.0")
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return Decision(False, "auto: Triton needs a C compiler (gcc or clang)")
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return Decision(False, "auto: Triton needs Python.h (the package python3-dev)")
     return Decision(True, "auto: CUDA with Triton")
 
 
