@@ -11,6 +11,7 @@ import train_gpt
 from tests.small_runs import small_args, train
 from utils.divergence import WINDOW, SpikeFilter
 from utils.errors import Diverged
+from utils.run_log import RunLog, Speed
 
 
 def test_a_spike_is_an_outlier_of_128_accepted_norms():
@@ -100,3 +101,14 @@ def test_samples_of_a_broken_model_are_skipped(text_file, tmp_path, monkeypatch,
     monkeypatch.setattr(train_gpt, "write_samples", broken)
     assert train_gpt.main(small_args(text_file, tmp_path, "--max-steps", "2", "--val-every", "0")) == 0
     assert "generation skipped: non-finite logits" in capsys.readouterr().out
+
+
+def test_an_overflow_in_fp16_is_counted_and_written_as_json(tmp_path):
+    """The scaler skips such an update: it counts as skipped, and no Infinity gets into metrics.jsonl."""
+    spikes = SpikeFilter(0.0)
+    assert spikes.accepts(float("inf")) and spikes.num_skipped == 1
+    with RunLog(tmp_path, True) as log:
+        log.update(0, 1.0, float("inf"), 1e-3, Speed(1.0, 1.0, None, 1.0), spikes.num_skipped, 1)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(name))
+    assert record["norm"] is None and record["skipped"] == 1

@@ -130,3 +130,14 @@ def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_in_fp16_many_rows_do_not_overflow_the_gradient():
+    """8192 rows of one token and a channel of 100: their sum leaves fp16's range, their mean does not."""
+    hidden = torch.full((8192, 2), 100.0, requires_grad=True)
+    weight = torch.zeros(4, 2, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = fused_cross_entropy(hidden, weight, torch.zeros(8192, dtype=torch.long), chunk_rows=8192)
+    loss.backward()
+    expected = torch.tensor([-75.0, 25.0, 25.0, 25.0])  # (softmax - onehot) x 100
+    assert torch.allclose(weight.grad, expected.unsqueeze(1).expand(4, 2), rtol=1e-2)

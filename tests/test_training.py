@@ -99,17 +99,20 @@ def test_eval_only_gives_the_val_loss_of_the_log(finished_run, capsys):
 
 
 def test_a_second_run_moves_the_first_ones_files(finished_run, tmp_path):
-    """Nothing is overwritten: what a run finds in the log directory goes to archive/ as it was."""
+    """An earlier run goes to archive/ as it was; files that no run writes stay where they are."""
     _, log_dir, text_file = finished_run
     copy = tmp_path / "log"
     shutil.copytree(log_dir, copy)
-    (copy / "README.md").write_text("stays")
+    foreign = ("README.md", "thesis.tex", "train_gpt.py", "other_run/log.txt")
+    (copy / "other_run").mkdir()
+    for name in foreign:
+        (copy / name).write_text("stays")
     assert train_gpt.main(small_args(text_file, copy, "--max-steps", "1", "--val-every", "0")) == 0
     (archive,) = (copy / "archive").iterdir()
     for path in log_dir.glob("[!.]*"):
         assert (archive / path.name).read_bytes() == path.read_bytes()
     assert (copy / "log.txt").read_text().count("\n") == 1
-    assert (copy / "README.md").read_text() == "stays"
+    assert {(copy / name).read_text() for name in foreign} == {"stays"}
 
 
 def test_two_equal_runs_have_equal_logs(finished_run, tmp_path):
