@@ -227,13 +227,13 @@ def evaluate_hellaswag(
         poll: called after each batch, equally often on all ranks; what it raises ends the evaluation.
     """
     mine = examples[dist.rank :: dist.world_size]
-    counts = torch.zeros(3, dtype=torch.float32, device=dist.device)
+    counts = [0, 0, 0]
     for batch in score_examples(model, mine, dtype, batch_tokens, dist):
         if batch is not None:
-            counts += torch.tensor(count_correct(*batch), dtype=torch.float32).to(dist.device)
+            counts = [before + more for before, more in zip(counts, count_correct(*batch))]
         if poll is not None:
             poll()
-    return HellaSwagResult(*(int(count) for count in dist.sum(counts).tolist()))
+    return HellaSwagResult(*(int(count) for count in dist.sum_numbers(*counts)))
 
 
 def score_examples(

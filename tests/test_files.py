@@ -126,6 +126,13 @@ def test_a_foreign_file_is_no_checkpoint(tmp_path, content):
         load_model_file(tmp_path / "x.pt")
 
 
+def test_a_checkpoint_of_another_format_version_is_refused(tmp_path):
+    """What a later format means is not guessed."""
+    torch.save({"format": "minigpt-ckpt", "version": 2, "config": {}}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"format version 2 \(expected 1\)"):
+        load_model_file(tmp_path / "x.pt")
+
+
 def test_the_newest_checkpoint_is_that_of_the_latest_step(tmp_path):
     """By number, not by name: 100000 comes after 99999."""
     for name in ("model_00010.pt", "model_99999.pt", "model_100000.pt", "model_old.pt"):

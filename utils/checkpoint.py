@@ -199,6 +199,9 @@ def load_model_file(path: str | Path, warn: bool = True) -> dict[str, Any]:
         )
     content = load_checked(Path(path))
     if isinstance(content, dict) and content.get("format") == FORMAT and "config" in content:
+        if content.get("version") != VERSION:
+            what = f"{path} is of format version {content.get('version')} (expected {VERSION})"
+            raise UserError(what, "use the version of this project that wrote it")
         return content
     if is_foreign(content):
         return convert(content, Path(path))

@@ -61,15 +61,11 @@ class Distributed:
     def is_alone(self) -> bool:
         return self.world_size == 1
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Adds a tensor up over all ranks, in place, on the device."""
-        if not self.is_alone:
-            torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.SUM)
-        return tensor
-
     def mean(self, tensor: Tensor) -> Tensor:
-        """Mean over all ranks, in place. SUM and a division, because gloo has no reliable AVG."""
-        return self.sum(tensor).div_(self.world_size)
+        """Mean of a tensor over all ranks, in place, on the device."""
+        if not self.is_alone:
+            torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.SUM)  # gloo has no reliable AVG
+        return tensor.div_(self.world_size)
 
     def sum_numbers(self, *numbers: float) -> list[float]:
         """Adds Python numbers up over all ranks in float64, over the control group."""
@@ -134,15 +130,13 @@ class Distributed:
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to train through: DistributedDataParallel, or the model itself when alone.
 
-        Gradients live in the buckets that are sent (`gradient_as_bucket_view`), and buckets of 25 MB let the
-        exchange of the last layers overlap the backward pass through the first ones.
+        Gradients live in the buckets that are sent (`gradient_as_bucket_view`), whose default size
+        lets the exchange of the last layers overlap the backward pass through the first ones.
         """
         if self.is_alone:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            model, device_ids=device_ids, gradient_as_bucket_view=True, bucket_cap_mb=25
-        )
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     def settle_gradient_buckets(self, trained_model: nn.Module, B: int, T: int, autocast) -> None:
         """One backward pass whose gradients are thrown away, before the first step of every run.
