@@ -66,7 +66,7 @@ def text_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def short_text(tmp_path_factory) -> Path:
-    """A text of fifteen steps an epoch for a run with `RESUMABLE`."""
+    """A text of fourteen and a quarter steps an epoch for a run with `RESUMABLE`."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT * 16, encoding="utf-8")
     return path

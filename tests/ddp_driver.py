@@ -1,8 +1,7 @@
 """Run by torchrun in test_distributed.py: the training script, watched.
 
 Environment: WATCH names a folder that receives, for every rank, the windows of each micro-step and the
-gradients of the first step; FAULT is `raise@STEP:RANK`, `kill@STEP:RANK`, `hang@STEP:RANK`, `exit@STEP:RANK`
-or `sigterm@STEP:RANK`.
+gradients of the first step; FAULT is WHAT@STEP:RANK with raise, kill, hang, exit, sigterm or nan for WHAT.
 """
 
 from __future__ import annotations

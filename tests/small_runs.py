@@ -16,7 +16,7 @@ TINY = (  # what every small run has, and may override by flags that follow
     *("--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--tokenizer", "char", "--max-lr", "1e-2"),
     *("--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--seq-len", "16"),
 )
-# A run to stop and resume: two windows short of 15 steps an epoch, so that 20 steps cross its end in the
+# A run to stop and resume: three windows short of 15 steps an epoch, so that 20 steps cross its end in the
 # middle of one.
 RESUMABLE = (
     *(*TINY, "--micro-batch", "2", "--total-batch-tokens", "64", "--max-steps", "20", "--warmup-steps", "2"),
@@ -86,6 +86,19 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
                 yield from walk(value[key], f"{place}.{key}")
 
     return dict(walk(torch.load(path, weights_only=True), path.name))
+
+
+def losses_of(log_dir: Path) -> list[tuple[str, float]]:
+    """The lines of log.txt, as ("3 train", value)."""
+    lines = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
+    return [(f"{step} {kind}", float(value)) for step, kind, value in lines]
+
+
+def assert_same_losses(log_dir: Path, expected: Path, tolerance: float = 1e-4) -> None:
+    """The same lines in the same order; their values to the tolerance."""
+    ours, theirs = losses_of(log_dir), losses_of(expected)
+    assert ours and [name for name, _ in ours] == [name for name, _ in theirs]
+    assert all(abs(a - b) <= tolerance for (_, a), (_, b) in zip(ours, theirs))
 
 
 def assert_same_run(log_dir: Path, expected: Path, step: int = 20) -> None:

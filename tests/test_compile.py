@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import train_gpt
-from tests.small_runs import TINY
+from tests.small_runs import TINY, assert_same_losses
 
 SETTINGS = (
     *(*TINY, "--n-layer", "1", "--micro-batch", "2", "--total-batch-tokens", "64"),
@@ -28,13 +28,11 @@ def test_compiled_training_is_the_same_and_compiles_once(text_file, tmp_path):
         graphs.append(counters["stats"]["unique_graphs"])
         return result
 
-    losses = []
     for flag in ("--no-compile", "--compile"):
         graphs.clear()
         log_dir = tmp_path / flag
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_gpt, "update", counting)
             assert train_gpt.main([*SETTINGS, "--data", str(text_file), "--log-dir", str(log_dir), flag]) == 0
-        losses.append([float(line.split()[2]) for line in (log_dir / "log.txt").read_text().splitlines()])
-    assert all(abs(a - b) < 1e-4 for a, b in zip(*losses))
+    assert_same_losses(tmp_path / "--compile", tmp_path / "--no-compile")
     assert graphs[0] > 0 and len(set(graphs)) == 1

@@ -64,7 +64,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
-    """2: fsync(file), rename, fsync(folder): a power cut at any moment leaves the old file or the new one."""
+    """fsync(file), rename, fsync(folder): a power cut at any moment leaves the old file or the new one."""
     calls = []
     real_fsync, real_replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd)))
@@ -75,7 +75,7 @@ def test_a_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, m
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_called_damaged(tmp_path, share):
-    """16: Whatever torch would say of it."""
+    """A damaged file is said to be one, whatever torch would say of it."""
     path = tmp_path / "model_00007.pt"
     saved(path)
     data = path.read_bytes()
@@ -85,7 +85,7 @@ def test_a_truncated_checkpoint_is_called_damaged(tmp_path, share):
 
 
 def test_a_flipped_byte_is_found(tmp_path):
-    """17: torch.load would give wrong weights without a word; the archive's checksum does not."""
+    """torch.load would give wrong weights without a word; the archive's checksum does not."""
     path = tmp_path / "model_00007.pt"
     saved(path)
     data = bytearray(path.read_bytes())
@@ -96,7 +96,7 @@ def test_a_flipped_byte_is_found(tmp_path):
 
 
 def test_code_in_a_checkpoint_is_refused(tmp_path):
-    """18: A pickle that would run a command does not, and the message names it and offers no way around."""
+    """A pickle that would run a command does not, and the message names it and offers no way around."""
 
     class Evil:
         def __reduce__(self):
@@ -110,7 +110,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
 
 
 def test_an_old_torch_is_warned_of(tmp_path, monkeypatch, capsys):
-    """18: below 2.10 the safe loader has known holes: a line says so for files that may be other people's."""
+    """Below 2.10 the safe loader has known holes: a line says so for files that may be other people's."""
     saved(tmp_path / "model_00007.pt")
     for version, warned in (("2.5.1+cu121", True), ("2.9.0", True), ("2.10.0", False), ("2.13.0+cpu", False)):
         monkeypatch.setattr(torch, "__version__", version)
@@ -222,7 +222,7 @@ def test_the_order_of_data(tmp_path, monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
-    """21: A full disk ends the log, not the run."""
+    """A full disk ends the log, not the run."""
     with RunLog(tmp_path, True) as log:
         log.log_file.close()
         log.log_file = open("/dev/full", "w")

@@ -48,7 +48,7 @@ def save_build_nanogpt(model: GPT, path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 def test_a_nanogpt_checkpoint_computes_what_it_computed(tmp_path, prefix, capsys):
-    """19: compiled or not, weights arrive under plain names; step, loss and tokenizer come along."""
+    """Compiled or not, weights arrive under plain names; step, loss and tokenizer come along."""
     model = tiny_model(vocab_size=50304)
     content = nanogpt_content(model, prefix)
     content["model"][prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # an old version's mask
@@ -108,7 +108,7 @@ def test_code_in_a_meta_file_is_refused(tmp_path):
 
 
 def test_build_nanogpt_is_refused_and_the_hint_converts_it(tmp_path):
-    """19: its pickled config is named, and the hint's command, run as it stands, makes a file that loads."""
+    """Its pickled config is named, and the hint's command, run as it stands, makes a file that loads."""
     model, path = tiny_model(vocab_size=50304), tmp_path / "model_19072.pt"
     save_build_nanogpt(model, path)
     with pytest.raises(UserError, match="refusing to load .*__main__.GPTConfig") as caught:

@@ -60,12 +60,12 @@ def test_all_targets_ignored_is_nan_as_in_pytorch():
     assert torch.isnan(fused_cross_entropy(hidden, weight, torch.full_like(targets, -100)))
 
 
-def test_without_gradients_no_gradient_is_computed():
+def test_without_gradients_no_gradient_is_computed(monkeypatch):
     """Under no_grad the loss is the same and the autograd function is not even entered."""
+    monkeypatch.setattr("utils.fused_loss._eager_loss", lambda *args: pytest.fail("entered"))
     hidden, weight, targets = example()
     with torch.no_grad():
         loss = fused_cross_entropy(hidden, weight, targets)
-    assert loss.grad_fn is None
     assert abs(loss.item() - reference(hidden, weight, targets).item()) < 1e-5
 
 
@@ -93,8 +93,8 @@ def test_gradients_are_returned_and_the_tied_weight_gets_both_parts():
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_under_autocast_it_is_as_exact_as_the_full_logits(dtype, tolerance):
-    """Against the float32 truth the error is of the low dtype's rounding, as for the plain loss."""
+def test_under_autocast_it_is_exact_to_the_rounding_of_the_dtype(dtype, tolerance):
+    """Loss and gradients are in float32 and near the float32 truth."""
     hidden, weight, targets = example(N=64, C=32, V=500)
 
     def low(function):

@@ -51,7 +51,7 @@ runpy.run_path({script!r}, run_name="__main__")
 @pytest.mark.parametrize(
     "script", sorted(path.name for path in ROOT.glob("*.py") if path.name != "gpt_model.py")
 )
-def test_help_needs_torch_and_numpy_only(script):
+def test_help_needs_no_optional_package(script):
     """--help of every script works without the optional packages."""
     code = BLOCK_IMPORTS.format(
         blocked=("transformers", "datasets", "matplotlib", "tiktoken", "pyarrow", "huggingface_hub", "wandb"),
@@ -65,7 +65,7 @@ def test_help_needs_torch_and_numpy_only(script):
 
 
 def test_training_without_tiktoken_and_matplotlib_uses_characters(text_file, tmp_path):
-    """41: Without the optional packages a run works: characters for BPE, with a warning, and no plot."""
+    """Without the optional packages a run works: characters for BPE, with a warning, and no plot."""
     flags = "--preset tiny --n-embd 16 --n-head 2 --n-layer 1 --max-steps 2 --seq-len 16".split()
     flags += "--micro-batch 2 --total-batch-tokens 32".split()
     flags += ["--data", str(text_file), "--log-dir", str(tmp_path / "log")]

@@ -33,9 +33,9 @@ def test_windows_cross_the_borders_of_shards(tmp_path):
     tokens = write_folder(tmp_path, 30, 1, 5, 40, 24)
     stream = ShardStream(tmp_path, "train", 50257, T)
     assert stream.num_tokens == 100
-    for start, count in itertools.product(range(0, 100, 3), (0, 1, 9, 37)):
+    for start, count in itertools.product(range(0, 100, 3), (1, 9, 37)):
         count = min(count, 100 - start)
-        assert stream.read(start, count).tolist() == tokens[start : start + count].tolist() if count else True
+        assert stream.read(start, count).tolist() == tokens[start : start + count].tolist()
     assert stream.locate(31) == ("edufineweb_train_000003.npy", 0)
 
 
@@ -43,7 +43,7 @@ def test_windows_cross_the_borders_of_shards(tmp_path):
 def test_every_step_is_the_same_for_any_ranks_micro_batch_and_accumulation(tmp_path, seed):
     """For ranks x micro-batch x accumulation = 12 the order of a step's windows is one and the same.
 
-    Ten steps go over two shard borders in an epoch and over three epoch borders.
+    Ten steps go over two shard borders in an epoch and over two epoch borders.
     """
     write_folder(tmp_path, 130, 83, 110)
     windows_per_step, steps = 12, 10
@@ -86,7 +86,7 @@ def test_a_position_ten_thousand_steps_on_needs_no_data(tmp_path):
 
 
 def test_a_folder_that_numpy_save_wrote_is_read(tmp_path):
-    """Shards as the format's ancestor writes them, and uint32 ones, with other words before the split's."""
+    """Shards as the format's ancestor writes them, and uint32 ones."""
     np.save(tmp_path / "edufineweb_val_000000", np.arange(20, dtype=np.uint16))
     np.save(tmp_path / "edufineweb_train_000001", np.arange(30, dtype=np.uint16))
     np.save(tmp_path / "edufineweb_train_000002", np.arange(30, 60, dtype=np.uint32))

@@ -213,7 +213,7 @@ def test_greedy_takes_the_likeliest_token():
 
 
 def test_padding_of_the_vocabulary_is_never_sampled():
-    """29: Ids from num_words on do not appear even where the model loves them."""
+    """Ids from num_words on do not appear even where the model loves them."""
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[90:] *= 100

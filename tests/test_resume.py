@@ -1,8 +1,7 @@
 """Stop a run at any instant, run it again with --resume: the same log, the same weights.
 
-The numbers in the docstrings count the faults a run must survive; signals are in test_resume_signals.py, bad
-files in test_resume_saves.py, other settings in test_resume_settings.py, what needs several processes in
-test_distributed.py, single files in test_files.py.
+Signals are in test_resume_signals.py, bad files in test_resume_saves.py, other settings in
+test_resume_settings.py, what needs several processes in test_distributed.py, single files in test_files.py.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")  # drawing takes longer than
 def test_killed_in_an_update_and_resumed_it_is_the_same_run(
     step, short_text, undisturbed, tmp_path, monkeypatch
 ):
-    """Bitwise resume, 24: before the first checkpoint, after one, at an evaluation, across an epoch's end."""
+    """Bitwise resume: before the first checkpoint, after one, at an evaluation, across an epoch's end."""
     with monkeypatch.context() as patch:
         kill_in(patch, "update", lambda args: args[2].step == step)
         with pytest.raises(Killed):
@@ -33,7 +32,7 @@ def test_killed_in_an_update_and_resumed_it_is_the_same_run(
 
 @pytest.mark.parametrize("name", ["evaluate", "write_samples", "save"])
 def test_killed_in_an_evaluation_a_sample_or_a_save(name, short_text, undisturbed, tmp_path, monkeypatch):
-    """24: no line is lost and none is there twice, wherever in a pass the run ended."""
+    """No line is lost and none is there twice, wherever in a pass the run ended."""
     calls = []
     with monkeypatch.context() as patch:
         kill_in(patch, name, lambda args: calls.append(1) or len(calls) == 3)
@@ -92,7 +91,7 @@ def test_a_checkpoint_from_another_folder_starts_a_new_log(
     assert all(torch.equal(ours[place], theirs[place]) for place in theirs)
 
 
-@pytest.mark.parametrize("key", ["optimizer", "step", "windows", "log", "val_loss", "done"])
+@pytest.mark.parametrize("key", ["optimizer", "step", "windows", "log", "done"])
 def test_without_one_part_of_the_state_the_run_would_be_another(
     key, short_text, undisturbed, tmp_path, monkeypatch
 ):
@@ -100,17 +99,24 @@ def test_without_one_part_of_the_state_the_run_would_be_another(
     with monkeypatch.context() as patch:  # stopped in step 12, whose validation is in the log already
         stop_by_signal_in(patch, "update", signal.SIGTERM, 13)
         assert train(short_text, tmp_path) == 143
-    path = tmp_path / ("model_00012.pt" if key == "val_loss" else "optimizer_00012.pt")
+    path = tmp_path / "optimizer_00012.pt"
     content = torch.load(path, weights_only=True)
     if key == "optimizer":
         for entry in content["optimizer"]["state"].values():
             entry["exp_avg"].zero_()
     else:
-        content[key] = {"step": 11, "windows": 0, "log": {}, "val_loss": 0.0, "done": []}[key]
+        content[key] = {"step": 11, "windows": 0, "log": {}, "done": []}[key]
     torch.save(content, path)
-    train(short_text, tmp_path, "--resume", "--val-every", "0" if key == "val_loss" else "4")
+    train(short_text, tmp_path, "--resume")
     with pytest.raises((AssertionError, FileNotFoundError)):
         assert_same_run(tmp_path, undisturbed)
+
+
+def test_the_last_val_loss_comes_back(stopped_run, short_text):
+    """A resumed run that evaluates no more saves the val loss of before with its last model."""
+    before = torch.load(stopped_run / "model_00009.pt", weights_only=True)["val_loss"]
+    assert before is not None and train(short_text, stopped_run, "--resume", "--val-every", "0") == 0
+    assert torch.load(stopped_run / "model_00020.pt", weights_only=True)["val_loss"] == before
 
 
 def test_what_is_due_is_due_once_a_pass():

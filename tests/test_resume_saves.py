@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")  # drawing takes longer than
 
 
 def test_leftovers_of_a_torn_save_are_swept(short_text, tmp_path, capsys):
-    """1: a temporary file of a killed save is removed with one line."""
+    """A temporary file of a killed save is removed with one line."""
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / ".model_00010.pt.tmp-123").write_bytes(b"half")
     assert train(short_text, tmp_path, "--max-steps", "2") == 0
@@ -28,7 +28,7 @@ def test_leftovers_of_a_torn_save_are_swept(short_text, tmp_path, capsys):
 
 
 def test_saving_a_step_again_keeps_the_pair_together(short_text, stopped_run, monkeypatch):
-    """1, 20: when the second file cannot be written, neither is replaced, and the old pair still resumes."""
+    """When the second file cannot be written, neither is replaced, and the old pair still resumes."""
     real, calls = torch.save, []
 
     def second_fails(content, file):
@@ -60,7 +60,7 @@ while True:
 
 @pytest.mark.slow
 def test_a_save_killed_at_any_moment_leaves_whole_files(tmp_path):
-    """1: a process saves over its own files and is killed, twelve times: every file is old or new."""
+    """A process saves over its own files and is killed, twelve times: every file is old or new."""
     for kill in range(12):
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD_SAVES, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -102,7 +102,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["0", "0.1", "0.5", "0.99", "flip", "html", "other pair"])
 @pytest.mark.parametrize("name", ["model_00009.pt", "optimizer_00009.pt"])
 def test_a_damaged_checkpoint_is_passed_over(name, how, stopped_run, short_text, undisturbed, capsys):
-    """16, 17: --resume warns and takes the one before, the run is the same; by name it is exit 2."""
+    """--resume warns and takes the one before, the run is the same; by name it is exit 2."""
     damage(stopped_run / name, how)
     with pytest.raises(UserError, match="damaged|saved together"):
         train(short_text, stopped_run, "--resume", str(stopped_run / "model_00009.pt"))
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, stopped_run, short_text,
 
 
 def test_only_the_newest_checkpoints_and_milestones_stay(undisturbed):
-    """25: two pairs to resume from, models at multiples of --keep-every, and the last one."""
+    """Two pairs to resume from, models at multiples of --keep-every, and the last one."""
     names = sorted(path.name for path in undisturbed.glob("*.pt"))
     assert names == [
         *("model_00006.pt", "model_00012.pt", "model_00018.pt", "model_00020.pt"),
@@ -122,7 +122,7 @@ def test_only_the_newest_checkpoints_and_milestones_stay(undisturbed):
 
 
 def test_a_full_disk_ends_no_run_but_a_failed_last_save_does(short_text, tmp_path, monkeypatch, capsys):
-    """20: a warning with free and needed space, tried again at the next save; exit 1 only after the last."""
+    """A warning with free and needed space, tried again at the next save; exit 1 only after the last."""
     real, calls = checkpoint.save_atomically, []
 
     def full(contents):
@@ -147,7 +147,7 @@ def test_a_full_disk_ends_no_run_but_a_failed_last_save_does(short_text, tmp_pat
 
 
 def test_a_file_size_limit_is_a_full_disk(short_text, tmp_path):
-    """20: a file that may not grow is an error of torch.save's own kind: said as such, no traceback."""
+    """A file that may not grow is an error of torch.save's own kind: said as such, no traceback."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         f"sys.path.insert(0, {str(ROOT)!r}); import train_gpt; from utils.errors import run_script\n"

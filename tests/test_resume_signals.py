@@ -55,7 +55,7 @@ def wait_for(process: subprocess.Popen, words: str) -> None:
 def test_a_signal_saves_and_the_resumed_run_is_the_same(
     name, number, at_call, code, short_text, undisturbed, tmp_path, monkeypatch, capsys
 ):
-    """3, 4, 7: the last completed step is saved, nothing half is logged, wherever the signal comes."""
+    """The last completed step is saved, nothing half is logged, wherever the signal comes."""
     with monkeypatch.context() as patch:
         stop_by_signal_in(patch, name, number, at_call)
         assert train(short_text, tmp_path) == code
@@ -65,7 +65,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
 
 
 def test_a_process_killed_for_real(short_text, undisturbed, tmp_path):
-    """1, 24: SIGKILL of the process at step 7, resumed by the same command."""
+    """SIGKILL of the process at step 7, resumed by the same command."""
     process = start(short_text, tmp_path)
     wait_for(process, "step     7 |")
     process.kill()
@@ -79,7 +79,7 @@ def test_a_process_killed_for_real(short_text, undisturbed, tmp_path):
 
 
 def test_ctrl_c_saves_and_a_second_one_leaves_at_once(short_text, tmp_path):
-    """7: the first ends with 130 after saving; the second, a second later, does not wait for anything."""
+    """The first ends with 130 after saving; the second, a second later, does not wait for anything."""
     process = start(short_text, tmp_path / "a", "--max-steps", "100000")
     wait_for(process, "step     5 |")
     os.killpg(process.pid, signal.SIGINT)
@@ -105,7 +105,7 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(short_text, tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(short_text, tmp_path, capsys):
-    """8, 23: the message names the holder; a killed holder holds nothing."""
+    """The message names the holder; a killed holder holds nothing."""
     process = start(short_text, tmp_path, "--max-steps", "100000")
     wait_for(process, "step     1 |")
     with pytest.raises(UserError, match=f"is in use by pid {process.pid} on host .* since 20"):

@@ -53,12 +53,11 @@ def test_an_explicit_flag_beats_the_preset_and_the_preset_the_constant():
 
 
 def test_every_flag_is_read_somewhere():
-    """No flag is parsed and forgotten: each name occurs as args.NAME in the project."""
-    sources = "".join(
-        p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py")]
-    )
+    """No flag is parsed and forgotten: each name occurs as args.NAME in the training script or its utils."""
+    modules = [path for path in (ROOT / "utils").glob("*.py") if not path.name.startswith("benchmark")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "train_gpt.py", *modules])
     for name in vars(make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])):
-        assert re.search(rf"\bargs\.{name}\b", sources) or name == "preset", name
+        assert re.search(rf"\bargs\.{name}\b", sources), name
 
 
 def test_namespace_is_plain(tmp_path):
@@ -88,7 +87,7 @@ def test_preset_char_is_small():
     ],
 )
 def test_settings_that_do_not_fit_are_named_with_their_numbers(arguments, message):
-    """34, 35: Each check before the first step, on three ranks where ranks matter."""
+    """Each check before the first step, on three ranks where ranks matter."""
     args, _ = train_gpt.read_arguments(["--preset", "gpt2", *arguments])
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         check_training_settings(args, world_size=3 if "12" in arguments else 1)
@@ -101,7 +100,8 @@ def test_all_problems_come_in_one_message():
     )
     with pytest.raises(UserError) as caught:
         check_training_settings(args, 1)
-    assert str(caught.value).count(";") >= 2
+    for problem in ("--n-embd 5 is not", "--min-lr 1 is above", "= 7*1024*1 = 7168"):
+        assert problem in str(caught.value)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
@@ -130,7 +130,7 @@ def test_accumulation_makes_the_batch_exact(world_size):
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_error_and_one_hint(flags, message, text_file, tmp_path, capsys):
-    """22, 32, 33, 38: Exit code 2, two lines on stderr, no traceback, and no file of a run."""
+    """Exit code 2, two lines on stderr, no traceback, and no file of a run."""
     code = run_script(lambda: train_gpt.main(small_args(text_file, tmp_path / "log", *flags)))
     error = capsys.readouterr().err.strip().splitlines()
     assert code == 2
@@ -153,7 +153,7 @@ def test_exit_codes_of_the_process(text_file, tmp_path):
 
 
 def test_gpt2_without_a_network_says_what_to_do(tmp_path):
-    """38, 39: weights that are not on disk and cannot be had are exit 2 with a hint, within seconds."""
+    """Weights that are not on disk and cannot be had are exit 2 with a hint, within seconds."""
     started = time.monotonic()
     process = run(ROOT / "generate.py", "-m", "gpt2", "-p", "x", HF_HOME=str(tmp_path))
     assert process.returncode == 2, process.stderr

@@ -77,7 +77,7 @@ def test_the_merge_table_is_the_published_one():
 
 
 def test_a_changed_merge_table_is_refused(tmp_path):
-    """40: One other byte is an error with both sums."""
+    """One other byte is an error with both sums."""
     path = tmp_path / "vocab.bpe.xz"
     path.write_bytes(lzma.compress(lzma.decompress(MERGES_PATH.read_bytes()) + b" "))
     with pytest.raises(UserError, match="1ce16647"):

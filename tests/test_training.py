@@ -14,7 +14,7 @@ import torch
 import train_gpt
 from gpt_model import GPT
 from tests.conftest import ROOT, run, tiny_model
-from tests.small_runs import TEXT, small_args
+from tests.small_runs import TEXT, assert_same_losses, small_args
 from utils.data_loader import TextStream, WindowLoader
 from utils.distributed import Distributed
 
@@ -127,13 +127,10 @@ def test_two_equal_runs_have_equal_logs(finished_run, tmp_path):
 
 def test_accumulation_changes_nothing_but_rounding(text_file, tmp_path):
     """The same batch in one piece or in eight: the same losses to 1e-4."""
-    losses = []
     for micro_batch in ("8", "1"):
-        log_dir = tmp_path / micro_batch
         flags = ("--max-steps", "8", "--micro-batch", micro_batch, "--sample-every", "0")
-        assert train_gpt.main(small_args(text_file, log_dir, *flags)) == 0
-        losses.append([float(line.split()[2]) for line in (log_dir / "log.txt").read_text().splitlines()])
-    assert all(abs(a - b) < 1e-4 for a, b in zip(*losses))
+        assert train_gpt.main(small_args(text_file, tmp_path / micro_batch, *flags)) == 0
+    assert_same_losses(tmp_path / "1", tmp_path / "8")
 
 
 def test_fine_tuning_starts_from_the_checkpoint(finished_run, tmp_path):
@@ -208,7 +205,7 @@ def test_evaluation_is_exact_for_any_micro_batch():
 
 
 def test_deterministic_runs_are_equal(text_file, tmp_path):
-    """31: --deterministic asks PyTorch for deterministic algorithms, and two runs have the same log."""
+    """--deterministic asks PyTorch for deterministic algorithms, and two runs have the same log."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train_gpt; train_gpt.main(); assert torch.are_deterministic_algorithms_enabled()"
