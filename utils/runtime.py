@@ -237,6 +237,9 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory used so far: allocated by tensors on CUDA, resident in the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux, whose getrusage also counts the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
     try:
         import resource
     except ImportError:  # Windows
