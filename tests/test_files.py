@@ -148,6 +148,8 @@ def server():
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.gets += 1
+            if self.path == "/chatter":
+                return self.wfile.write(b"hello, this is no HTTP\r\n\r\n")
             body = self.server.files.get(self.path)
             self.send_response(404 if body is None else 200)
             self.end_headers()  # no Content-Length: a short body looks complete
@@ -166,13 +168,13 @@ def server():
 
 
 def test_a_download_appears_when_it_is_right(server, tmp_path):
-    """The file has the bytes; a half one, another one and an error page leave nothing and change nothing."""
+    """The file has the bytes; half of it, an error page and an answer that is no HTTP change nothing."""
     body = b"a text" * 1000
     server.files = {"/good": body, "/short": body[:100]}
     digest = hashlib.sha256(body).hexdigest()
     download(f"{server.url}/good", tmp_path / "good", digest, len(body))
     assert (tmp_path / "good").read_bytes() == body
-    for path in ("/short", "/missing"):
+    for path in ("/short", "/missing", "/chatter"):
         with pytest.raises(OSError):
             download(server.url + path, tmp_path / "good", digest, len(body))
     assert [p.name for p in tmp_path.iterdir()] == ["good"]

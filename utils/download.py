@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import urllib.request
 from pathlib import Path
@@ -36,5 +37,7 @@ def download(
                 f"(expected {sha256})"
             )
         os.replace(part, path)
+    except http.client.HTTPException as error:  # no OSError, as all other failures of the network are
+        raise OSError(f"{url}: no proper answer ({error!r})") from error
     finally:
         part.unlink(missing_ok=True)
