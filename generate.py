@@ -20,6 +20,7 @@ from utils.data_loader import read_text
 from utils.distributed import environment_local_rank
 from utils.errors import UserError, run_script
 from utils.runtime import choose_device
+from utils.settings import check_model_reads
 from utils.tokenizer import tokenizer_from_state
 
 LOG_DIR = Path(__file__).resolve().parent / "log"
@@ -157,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     model = GPT.load(source, device).eval()
     tokenizer = tokenizer_from_state(model.tokenizer_state)
+    check_model_reads(model.config, 1, tokenizer.num_words)
     try:
         return continue_prompts(model, tokenizer, args)
     except FloatingPointError as error:

@@ -332,7 +332,12 @@ class GPT(nn.Module):
 
         saved = load_model_file(path)
         model = cls(GPTConfig(**saved["config"]))
-        model.load_state_dict(saved["model"])
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            reason = " ".join(str(error).split("\n")[1:2]).strip()[:200]
+            what = f"{path} does not hold the weights of its config: {reason}"
+            raise UserError(what, "use a checkpoint that is whole") from error
         model.tokenizer_state = saved["tokenizer"]
         return model.to(device)
 

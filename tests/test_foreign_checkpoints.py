@@ -82,6 +82,10 @@ def test_nanogpts_characters_come_from_its_meta_file(tmp_path, capsys):
     with pytest.raises(UserError, match="has 9 words, which is not GPT-2's") as caught:
         GPT.from_checkpoint(tmp_path / "ckpt.pt")
     assert "meta.pkl" in caught.value.hint
+    for damaged in (b"no pickle", pickle.dumps({"itos": ["a"]}), pickle.dumps(7)):
+        (tmp_path / "meta.pkl").write_bytes(damaged)
+        with pytest.raises(UserError, match="does not name them"):
+            GPT.from_checkpoint(tmp_path / "ckpt.pt")
     meta = {
         "vocab_size": 9,
         "itos": dict(enumerate(characters)),
@@ -134,6 +138,15 @@ def test_incomplete_sizes_are_no_checkpoint(tmp_path, broken):
     """A file without the five numbers is called what it is."""
     torch.save(nanogpt_content(tiny_model(vocab_size=50257), **broken), tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project"):
+        GPT.from_checkpoint(tmp_path / "ckpt.pt")
+
+
+def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
+    """One layer fewer than its sizes say: two lines that name what is missing."""
+    content = nanogpt_content(tiny_model(vocab_size=50257))
+    content["model"] = {name: tensor for name, tensor in content["model"].items() if ".h.1." not in name}
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"weights of its config: Missing key.*transformer.h.1"):
         GPT.from_checkpoint(tmp_path / "ckpt.pt")
 
 

@@ -10,8 +10,9 @@ import torch
 
 import generate
 from tests.conftest import tiny_model
+from utils.benchmark_step import hugging_face_twin
 from utils.checkpoint import model_content, save_pair
-from utils.errors import run_script
+from utils.errors import UserError, run_script
 from utils.tokenizer import tokenizer_from_state
 
 CHARACTERS = {"name": "char", "characters": "\n abcdefghijklmnopqrstuvwxyz"}
@@ -122,6 +123,14 @@ def test_without_a_name_the_newest_checkpoint_is_taken(checkpoint, tmp_path, mon
     monkeypatch.setattr(generate, "LOG_DIR", tmp_path / "none")
     assert run_script(lambda: generate.main(["-p", "ab"])) == 2
     assert "python train_gpt.py makes one" in capsys.readouterr().err
+
+
+def test_a_model_with_fewer_words_than_the_tokenizer_is_refused(tmp_path):
+    """A folder without tokenizer files is read with GPT-2's BPE, which a small vocabulary cannot read."""
+    pytest.importorskip("transformers")
+    hugging_face_twin(tiny_model(vocab_size=300)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="tokenizer has 50257 words, the model only 300"):
+        generate.main(["-m", str(tmp_path), "-p", "Hello", "-d", "cpu"])
 
 
 def test_broken_weights_are_said_so(tmp_path, capsys):

@@ -157,11 +157,72 @@ def test_logits_and_loss_equal_those_of_transformers(tmp_path):
         assert abs(loss.item() - expected.loss.item()) < 1e-5
 
 
-def test_a_variant_of_gpt2_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (dict(activation_function="relu"), "activation_function='relu'"),
+        (dict(tie_word_embeddings=False), "tie_word_embeddings=False"),
+        (dict(add_cross_attention=True), "add_cross_attention=True"),
+    ],
+)
+def test_a_variant_of_gpt2_is_refused(tmp_path, option, message):
     """Options of transformers that change the function are an error, not other logits."""
-    save_random_gpt2(tmp_path, activation_function="relu")
-    with pytest.raises(UserError, match="activation_function='relu'"):
+    save_random_gpt2(tmp_path, **option)
+    with pytest.raises(UserError, match=message):
         GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (lambda name: None if ".h.1." in name else name, "12 differ .missing transformer.h.1"),
+        (lambda name: f"_orig_mod.{name}", "missing transformer.h.0"),
+    ],
+)
+def test_a_folder_without_all_its_weights_is_refused(tmp_path, rename, message):
+    """transformers fills missing weights with random numbers; here that is an error, not another model."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    save_random_gpt2(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = {rename(name): tensor for name, tensor in safetensors.load_file(path).items()}
+    weights.pop(None, None)
+    safetensors.save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "other", "message"),
+    [
+        ('"vocab_size": 101', '"vocab_size": 102', "1 differ .mismatched.*wte.weight"),
+        ('"n_layer": 3', '"n_layer": 2', "differ .unexpected transformer.h.2"),
+    ],
+)
+def test_a_folder_of_another_size_is_refused(tmp_path, size, other, message):
+    """A config.json with another vocabulary than the file's, or with fewer layers."""
+    save_random_gpt2(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace(size, other))
+    with pytest.raises(UserError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:248d\nsize 548105171\n"
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1000], lambda data: LFS_POINTER, lambda data: b""])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_weights_are_said_so(tmp_path, name, damage):
+    """Cut files and git-lfs's pointers, of both kinds; no word about switching a protection off."""
+    theirs = save_random_gpt2(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    if name.endswith(".bin"):
+        (tmp_path / "model.safetensors").unlink()
+        GPT.from_pretrained(tmp_path)  # whole, it loads
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(UserError, match="cannot load") as caught:
+        GPT.from_pretrained(tmp_path)
+    assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_unknown_name_lists_the_four_before_transformers_is_imported():

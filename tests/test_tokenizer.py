@@ -94,6 +94,19 @@ def test_characters_round_trip_and_report_what_they_do_not_know(capsys):
     assert tokenizer.end_of_text is None
 
 
+def test_a_text_that_tiktoken_cannot_split_is_said_so():
+    """A megabyte of white space overflows its regular expressions: two lines, not a panic."""
+    with pytest.raises(UserError, match="cannot split a text of 2,000,001 characters"):
+        GPT2Tokenizer().encode(" " * 2_000_000 + "x")
+
+
+def test_unknown_characters_are_said_once_a_job(capsys, monkeypatch):
+    """By rank 0 alone."""
+    monkeypatch.setenv("RANK", "1")
+    CharTokenizer.from_text("hello world").encode("he!lo?")
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("tokenizer", [GPT2Tokenizer(), CharTokenizer.from_text("the end")])
 def test_a_checkpoint_brings_its_tokenizer_back(tokenizer):
     """state() is plain values and enough."""

@@ -11,7 +11,7 @@ from utils.distributed import Distributed
 from utils.download import download
 from utils.errors import UserError
 from utils.shards import ShardStream, find_shards
-from utils.tokenizer import CharTokenizer, GPT2Tokenizer, tiktoken_is_installed, tokenizer_from_state
+from utils.tokenizer import CharTokenizer, tiktoken_is_installed, tokenizer_from_state
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARDS_DIR = ROOT / "edu_fineweb10B"
@@ -96,7 +96,7 @@ def open_streams(source: Source, tokenizer_state: dict, seq_len: int, dist: Dist
             raise UserError(
                 f"{source.path} holds GPT-2 tokens, not characters", "give --data a text file, or use BPE"
             )
-        tokenizer = GPT2Tokenizer()
+        tokenizer = tokenizer_from_state(tokenizer_state)
         train, val = (
             ShardStream(source.path, split, tokenizer.num_words, seq_len) for split in ("train", "val")
         )

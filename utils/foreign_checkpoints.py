@@ -86,7 +86,7 @@ def tokenizer_state(vocab_size: int, path: Path) -> dict[str, str]:
         with open(meta_path, "rb") as file:
             meta = _PlainUnpickler(file).load()
         characters = "".join(meta["itos"][i] for i in range(vocab_size))
-    except (OSError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except Exception as error:  # a damaged pickle fails in many ways
         raise UserError(
             f"{path} has {vocab_size} words, which is not GPT-2's vocabulary, and {meta_path} does not name "
             f"them ({type(error).__name__})",

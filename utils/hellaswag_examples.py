@@ -12,6 +12,7 @@ import torch
 from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.hellaswag_data import NUM_ENDINGS, choose_directory, find_or_download, harness_text, read_rows
+from utils.pretrained import FolderTokenizer
 from utils.tokenizer import GPT2Tokenizer
 
 
@@ -156,7 +157,8 @@ def examples_for_training(args: Namespace, tokenizer, block_size: int, dist: Dis
         limit = args.hellaswag_examples
         return load_examples(args.hellaswag_dir, "val", limit, tokenizer, block_size, dist=dist, say=say)
     except UserError as error:
-        say(f"warning: HellaSwag is off: {error}")
+        if dist.local_rank == 0:  # of every machine: only the one that failed knows why
+            print(f"warning: HellaSwag is off: {error}")
         return []
 
 
@@ -185,28 +187,6 @@ def _numbered(path: Path, row: dict[str, Any], index: int, tokenizer, block_size
 # ------------------------------------------------------------------------------------------------------------
 # Which tokenizer a model reads with
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
-
-
-class FolderTokenizer:
-    """The tokenizer files in a folder of transformers, behind the few members that are needed here."""
-
-    def __init__(self, folder: Path):
-        try:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except ImportError as error:
-            raise UserError("transformers is not installed", "pip install transformers") from error
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            hint = "without its tokenizer files the folder would be read with GPT-2's BPE"
-            raise UserError(f"cannot load the tokenizer in {folder}: {reason}", hint) from error
-        self.num_words = len(self._tokenizer)
-
-    def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32)
-
 
 def choose_tokenizer(model, source: str | Path):
     """The tokenizer that fits a model: GPT-2's BPE, or that of its folder if it brings another one.
@@ -218,18 +198,12 @@ def choose_tokenizer(model, source: str | Path):
     Raises:
         UserError: the model reads characters, or fewer words than the tokenizer has.
     """
-    if model.tokenizer_state["name"] == "char":
+    name = model.tokenizer_state["name"]
+    if name == "char":
         raise UserError(
             f"{source} reads characters, HellaSwag needs GPT-2's BPE", "train a model with --tokenizer gpt2"
         )
-    tokenizer = GPT2Tokenizer()
-    folder = Path(source)
-    if folder.is_dir() and any((folder / name).exists() for name in TOKENIZER_FILES):
-        own = FolderTokenizer(folder)
-        probe = "The cats' 1,234 naïve  owners\nain't here: \u2014 日本 [step]"
-        is_gpt2 = own.num_words == tokenizer.num_words
-        if not (is_gpt2 and own.encode(probe).tolist() == tokenizer.encode(probe).tolist()):
-            tokenizer = own
+    tokenizer = FolderTokenizer(Path(source)) if name == "folder" else GPT2Tokenizer()
     if tokenizer.num_words > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.num_words} words, {source} only {model.config.vocab_size}",

@@ -1,18 +1,23 @@
-"""OpenAI's GPT-2 weights, through transformers, as a state dict of ours."""
+"""OpenAI's GPT-2 and folders of transformers: weights as a state dict of ours, and their tokenizer."""
 
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.tokenizer import GPT2Tokenizer
 
 # OpenAI's code multiplied by (in, out) matrices, a Linear holds (out, in): these four are transposed.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions
 CHARACTERS_FILE = "characters.json"  # in a folder that utils/export_hf.py wrote: ids of a character model
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 
 
 def load_gpt2_weights(name_or_dir: str, known: dict) -> tuple[dict, dict[str, Tensor]]:
@@ -41,9 +46,8 @@ def load_gpt2_weights(name_or_dir: str, known: dict) -> tuple[dict, dict[str, Te
     _check_is_plain_gpt2(config, name_or_dir)
     state_dict = {}
     for name, tensor in source.state_dict().items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, stored by old versions
-            continue
-        state_dict[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+        if not name.endswith(CAUSAL_MASKS):
+            state_dict[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
     sizes = dict(
         block_size=config.n_positions,
         vocab_size=config.vocab_size,
@@ -55,14 +59,16 @@ def load_gpt2_weights(name_or_dir: str, known: dict) -> tuple[dict, dict[str, Te
 
 
 def tokenizer_state_of(name_or_dir: str) -> dict:
-    """What `tokenizer_from_state` needs: GPT-2's BPE, or the characters that are in the folder.
+    """What `tokenizer_from_state` needs: GPT-2's BPE, the characters in the folder, or that it has its own.
 
     Raises:
-        UserError: the folder's characters.json is damaged.
+        UserError: the folder's characters.json or tokenizer files are damaged.
     """
-    path = Path(name_or_dir) / CHARACTERS_FILE
+    folder = Path(name_or_dir)
+    path = folder / CHARACTERS_FILE
     if not path.is_file():
-        return {"name": "gpt2"}
+        has_files = folder.is_dir() and any((folder / name).exists() for name in TOKENIZER_FILES)
+        return {"name": "folder" if has_files and not FolderTokenizer(folder).is_gpt2() else "gpt2"}
     try:
         ids = json.loads(path.read_text(encoding="utf-8"))
         characters = "".join(sorted(ids, key=ids.get))
@@ -81,13 +87,15 @@ def _load_with_transformers(source: str):
     load = transformers.GPT2LMHeadModel.from_pretrained
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
+    options = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         try:
-            return load(source, local_files_only=True)  # what is on disk is used without asking the network
+            # What is on disk is used without asking the network.
+            model, found = load(source, local_files_only=True, **options)
         except OSError:
             if Path(source).is_dir():
                 raise
-            return load(source)
+            model, found = load(source, **options)
     except OSError as error:  # every network error of the hub is one
         reason = str(error).strip().split("\n")[0]
         if Path(source).is_dir():
@@ -98,8 +106,34 @@ def _load_with_transformers(source: str):
             f"cannot download {source}: {reason}",
             "run once with a network, or set HF_HOME to a cache that holds the model, or give its folder",
         ) from error
+    except Exception as error:  # a damaged file fails in many ways
+        # In our words where it may hold code: transformers' would suggest to switch the protection off.
+        is_pickle = isinstance(error, pickle.UnpicklingError)
+        reason = "no plain tensors" if is_pickle else str(error).strip().split("\n")[0]
+        raise UserError(
+            f"cannot load {source}: {reason}", "is it whole? where git-lfs keeps its files: git lfs pull"
+        ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    _check_all_weights_found(found, source)
+    return model
+
+
+def _check_all_weights_found(found: dict, source: str) -> None:
+    """Raises UserError if a file and its config.json differ: transformers makes up what is missing."""
+    tied = ("lm_head.weight",)  # to the embedding, so files need not hold it
+    wrong = [
+        f"{kind} {name}"
+        for kind in ("missing", "unexpected", "mismatched")
+        for name in sorted(map(str, found[f"{kind}_keys"]))
+        if not name.endswith((*CAUSAL_MASKS, *tied))
+    ]
+    if wrong:
+        first = ", ".join(wrong[:3])
+        raise UserError(
+            f"{source} does not hold the weights of its config.json: {len(wrong)} differ ({first})",
+            "copy the folder once more, or export the model again with save_pretrained",
+        )
 
 
 def _check_is_plain_gpt2(config, name: str) -> None:
@@ -110,6 +144,8 @@ def _check_is_plain_gpt2(config, name: str) -> None:
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+        "add_cross_attention": False,
         "n_inner": (None, 4 * getattr(config, "n_embd", 0)),
     }
     wrong = []
@@ -119,3 +155,28 @@ def _check_is_plain_gpt2(config, name: str) -> None:
             wrong.append(f"{key}={found!r} (expected {value!r})")
     if wrong:
         raise UserError(f"{name} is no GPT-2 as released: " + ", ".join(wrong), "give a GPT-2 model")
+
+
+class FolderTokenizer:
+    """The tokenizer files in a folder of transformers, behind the few members that are needed here."""
+
+    def __init__(self, folder: Path):
+        try:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except ImportError as error:
+            raise UserError("transformers is not installed", "pip install transformers") from error
+        except Exception as error:  # damaged files fail in many ways
+            reason = str(error).strip().split("\n")[0]
+            hint = "without its tokenizer files the folder would be read with GPT-2's BPE"
+            raise UserError(f"cannot load the tokenizer in {folder}: {reason}", hint) from error
+        self.num_words = len(self._tokenizer)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32)
+
+    def is_gpt2(self) -> bool:
+        """Whether it makes of a text what GPT-2's BPE makes of it; it may have words of its own besides."""
+        probe = "The cats' 1,234 naïve  owners\nain't here: \u2014 日本 [step]"
+        return np.array_equal(self.encode(probe), GPT2Tokenizer().encode(probe))

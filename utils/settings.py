@@ -57,12 +57,12 @@ def check_model_reads(config, seq_len: int, num_words: int) -> None:
         seq_len: tokens of a window.
         num_words: ids the tokenizer makes.
     """
-    problems = []
+    problems, hints = [], []
     if seq_len > config.block_size:
         problems.append(f"--seq-len {seq_len} is more than the model's block size {config.block_size}")
+        hints.append("use a smaller --seq-len")
     if num_words > config.vocab_size:
         problems.append(f"the tokenizer has {num_words} words, the model only {config.vocab_size}")
+        hints.append("use the tokenizer the model was trained with")
     if problems:
-        raise UserError(
-            "; ".join(problems), "use a smaller --seq-len, or the tokenizer the model was trained with"
-        )
+        raise UserError("; ".join(problems), "; ".join(hints))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Iterable
@@ -52,7 +53,7 @@ class GPT2Tokenizer:
         """
         if allow_special:
             return np.array(self.encoding.encode(text, allowed_special={END_OF_TEXT}), dtype=np.uint16)
-        return np.array(self.encoding.encode_ordinary(text), dtype=np.uint16)
+        return np.array(encode_ordinary(text), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -80,7 +81,7 @@ class CharTokenizer:
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Ids of `text`; characters outside the vocabulary are left out, with one line that names them."""
         unknown = sorted(set(text) - self._id_of.keys())
-        if unknown:
+        if unknown and os.environ.get("RANK", "0") == "0":  # torchrun's, said once a job
             print(
                 f"warning: {len(unknown)} characters are not in the vocabulary and left out: "
                 f"{''.join(unknown[:20])!r}"
@@ -98,9 +99,17 @@ class CharTokenizer:
 
 
 def tokenizer_from_state(state: dict) -> GPT2Tokenizer | CharTokenizer:
-    """The tokenizer whose `state()` a checkpoint holds."""
+    """The tokenizer whose `state()` a checkpoint holds.
+
+    Raises UserError for that of a folder of transformers, unless it is GPT-2's.
+    """
     if state["name"] == "char":
         return CharTokenizer(state["characters"])
+    if state["name"] == "folder":
+        raise UserError(
+            "the model's folder holds a tokenizer of its own, not GPT-2's BPE",
+            "only eval_hellaswag.py reads with such a tokenizer",
+        )
     return GPT2Tokenizer()
 
 
@@ -131,6 +140,19 @@ def gpt2_encoding():
         special_tokens={END_OF_TEXT: 50256},
         explicit_n_vocab=50257,
     )
+
+
+def encode_ordinary(text: str) -> list[int]:
+    """tiktoken's own ids of a text. Raises UserError for one whose white space it cannot split."""
+    try:
+        return gpt2_encoding().encode_ordinary(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+            raise
+        raise UserError(
+            f"tiktoken cannot split a text of {len(text):,} characters ({str(error)[:100]})",
+            "shorten its runs of white space: a million in a row are too many",
+        ) from error
 
 
 def load_merges(path: Path = MERGES_PATH) -> dict[bytes, int]:
