@@ -94,6 +94,13 @@ def open_source(args: Namespace, manifest: Manifest | None) -> LocalFiles | HubF
     """The files of `--input`, or the hub's, at the revision that an earlier start wrote down."""
     if args.input:
         return LocalFiles(find_files(args.input))
+    recorded = manifest.settings["source"] if manifest else {}
+    if recorded.get("kind") == "files" and manifest.shards:
+        names = ", ".join(entry[0] for entry in recorded["files"][:4])
+        raise UserError(
+            f"{args.output_dir} was built from {len(recorded['files'])} files ({names})",
+            "name them again with --input, or use another --output-dir",
+        )
     try:
         import huggingface_hub  # noqa: F401
     except ImportError as error:
@@ -101,7 +108,6 @@ def open_source(args: Namespace, manifest: Manifest | None) -> LocalFiles | HubF
             "huggingface_hub is not installed", "pip install datasets, or give --input"
         ) from error
     read_ahead = args.max_shards is None  # else the next file may not be needed
-    recorded = manifest.settings["source"] if manifest else {}
     same = (recorded.get("dataset"), recorded.get("subset")) == (args.dataset, args.subset)
     if same and args.revision in (None, recorded["revision"]):
         return HubFiles(recorded, read_ahead)
@@ -129,7 +135,7 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe.{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a build that starts beside this one sweeps the folder
     except OSError as error:
         raise UserError(
             f"cannot write to output dir {folder}: {error.strerror}", "give another --output-dir"
@@ -155,6 +161,8 @@ def only_build_in(folder: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another build is at work in {folder}", "wait for it, or stop it") from error
+        except OSError as error:  # Lustre, some NFS: no locks there
+            print(f"warning: {folder} cannot be locked ({error.strerror}); start one build at a time in it")
         yield
 
 
@@ -253,7 +261,7 @@ def verify(args: Namespace) -> int:
         print(f"{name}: {problem or 'ok'}", flush=True)
         if problem:
             damaged.append(name)
-    manifest.check_folder()
+    manifest.check_folder(goes_on=False)
     if damaged:
         raise UserError(
             f"{args.output_dir}: damaged are {len(damaged)} of {len(manifest.shards)} shards: "
@@ -277,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         if manifest is None or not manifest.shards:  # an attempt that wrote nothing binds nobody
             manifest = Manifest(args.output_dir, settings)
         manifest.check_settings(settings)
-        manifest.check_folder()
+        manifest.check_folder(goes_on=not is_done(manifest, args))
         for name in remove_unfinished(args.output_dir):
             print(f"removed {name}, left unfinished by an earlier build")
         if is_done(manifest, args) and not any(True for _ in manifest.missing()):

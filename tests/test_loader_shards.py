@@ -116,6 +116,10 @@ def test_a_folder_that_numpy_save_wrote_is_read(tmp_path):
         (lambda path: np.save(path, np.zeros(9, ">u2")), r">u2 array"),
         (lambda path: np.save(path, np.array([{}], object)), r"\|O array"),
         (lambda path: path.unlink(), r"shard 2 is missing between 1 and 3"),
+        (
+            lambda path: path.with_name(f"{path.stem} (1).npy").write_bytes(path.read_bytes()),
+            r"000002 \(1\).npy has no number, other shards have",
+        ),
     ],
 )
 def test_a_damaged_shard_is_named_at_start(tmp_path, damage, message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -301,9 +302,10 @@ def test_a_kill_between_any_two_renames_loses_nothing(tmp_path, monkeypatch, cal
         build(tmp_path / "killed", source, **flags)
     monkeypatch.undo()
     (tmp_path / "killed" / ".edufineweb_train_000009.npy.tmp").write_bytes(b"half")
+    (tmp_path / "killed" / ".notes.tmp").write_text("somebody else's")
     assert build(tmp_path / "killed", source, **flags) == 0
     assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob(".*.tmp"))
+    assert [path.name for path in (tmp_path / "killed").glob(".*.tmp")] == [".notes.tmp"]
 
 
 def test_a_complete_build_has_nothing_to_do_and_other_settings_are_refused(tmp_path, capsys):
@@ -323,9 +325,42 @@ def test_a_complete_build_has_nothing_to_do_and_other_settings_are_refused(tmp_p
     for inputs, changed in [([source], {"shard-tokens": 1999}), ([other], flags), ([source, other], flags)]:
         with pytest.raises(UserError, match="built with other settings"):
             build(out, *inputs, **changed)
+    with pytest.raises(UserError, match=r"was built from 1 files \(a.jsonl\)"):
+        main(["--output-dir", str(out)])  # the network is not asked
     assert checksums(out) == before
     build(tmp_path / "whole", source, **flags)
     assert before == checksums(tmp_path / "whole")
+
+
+def test_a_shard_that_no_manifest_names_is_no_part_of_a_finished_build(tmp_path):
+    """A kill before the manifest is saved leaves one: it is written anew, or refused where nothing is."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
+    out, flags = tmp_path / "out", {"shard-tokens": 2000}
+    build(out, source, **flags, **{"max-shards": 2})
+    manifest = (out / "manifest.json").read_bytes()
+    build(out, source, **flags, **{"max-shards": 3})
+    before = checksums(out)
+    (out / "manifest.json").write_bytes(manifest)
+    for again in (
+        lambda: build(out, source, **flags, **{"max-shards": 2}),
+        lambda: main(["--verify", "--output-dir", str(out)]),
+    ):
+        with pytest.raises(UserError, match="edufineweb_train_000002.npy is not in manifest.json"):
+            again()
+    build(out, source, **flags, **{"max-shards": 3})
+    assert checksums(out) == before
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
+    """As on Lustre mounted without them: the build says so and goes on."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert build(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", make_documents(5))) == 0
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
 
 
 def test_verify_names_damaged_shards_and_the_next_build_mends_them(tmp_path, capsys):

@@ -28,6 +28,7 @@ from utils.token_feed import blocks_from
         ("a.txt", b" \n\n", r"no documents"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"x": 1}', mtime=0), r"a.jsonl.gz:2: no text"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], r"cannot read .*a.jsonl.gz"),
+        ("a.jsonl", b'{"text": "x", "y": ' + b"[" * 200_000, r"a.jsonl:1: not JSON"),
         ("a.parquet", b"PAR1 not really", r"is not a parquet file"),
         ("a.doc", b"x", r"is no corpus file \(expected .parquet"),
     ],
@@ -48,13 +49,22 @@ def test_bad_lines_are_counted_across_parts(tmp_path, monkeypatch):
         list(blocks_from(LocalFiles([path]), "text", Position(), 2))
 
 
+def latin_1_strings():
+    """A column of strings whose second one is no UTF-8, as writers in other languages make them."""
+    pa = pytest.importorskip("pyarrow")
+    return pa.array([b"good", b"caf\xe9", b"good"]).view(pa.string())
+
+
 def test_a_missing_column_and_a_null_are_named(tmp_path):
-    """With the columns that are there, and the row of the null."""
+    """With the columns that are there, the row of the null, the rows around bytes that are no text."""
     path = write_parquet(tmp_path / "a.parquet", ["x", "y"])
     with pytest.raises(UserError, match=r"no column 'body' \(found id, text\)"):
         build(tmp_path / "out", path, **{"text-field": "body"})
     with pytest.raises(UserError, match=r"'id' holds int64"):
         build(tmp_path / "out", path, **{"text-field": "id"})
+    path = write_parquet(tmp_path / "c.parquet", latin_1_strings())
+    with pytest.raises(UserError, match="c.parquet: rows 0 to 2: a text is not UTF-8"):
+        build(tmp_path / "out", path)
     path = write_parquet(tmp_path / "b.parquet", ["x"] * 9 + [None])
     part = list(parts_from(LocalFiles([path]), "text", Position()))[-1]
     with pytest.raises(UserError, match="row 9"):
@@ -62,10 +72,12 @@ def test_a_missing_column_and_a_null_are_named(tmp_path):
 
 
 def test_globs_folders_and_folders_that_cannot_be_used(tmp_path):
-    """Inputs in the order given, sorted within; no such file, no such folder and foreign shards end in 2."""
+    """In the order given, sorted within, none hidden; no such file or folder and foreign shards end in 2."""
     (tmp_path / "in").mkdir()
     for name in ("b.txt", "a.txt", "c.txt"):
         (tmp_path / "in" / name).write_text(f"text of {name}")
+    (tmp_path / "in" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "in" / ".ipynb_checkpoints" / "a-checkpoint.txt").write_text("hidden")
     build(tmp_path / "out", tmp_path / "in" / "c.txt", tmp_path / "in", **{"shard-tokens": 3})
     expected = expected_tokens([f"text of {name}" for name in ("c.txt", "a.txt", "b.txt")])
     assert np.array_equal(tokens_of(tmp_path / "out"), expected)

@@ -99,7 +99,8 @@ def find_files(arguments: list[str]) -> list[Path]:
             matches = [
                 file
                 for file in sorted(path.rglob("*"))
-                if file.name.lower().endswith(tuple(KINDS)) and not file.name.startswith(".")
+                if file.name.lower().endswith(tuple(KINDS))
+                and not any(name.startswith(".") for name in file.relative_to(path).parts)
             ]
         elif path.exists():
             matches = [path]
@@ -323,7 +324,11 @@ def _parquet_texts(part: Part, text_field: str) -> list[str]:
             f"{part.path}: row {row} has no {text_field!r} (null)",
             "drop such rows, or give another --text-field",
         )
-    return column.to_pylist()
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        rows = f"rows {part.start} to {part.stop - 1}"
+        raise UserError(f"{part.path}: {rows}: a text is not UTF-8 ({error})", "mend or drop it") from error
 
 
 def _json_text(part: Part, line: int, data: bytes, text_field: str) -> str:
@@ -331,7 +336,7 @@ def _json_text(part: Part, line: int, data: bytes, text_field: str) -> str:
     try:
         record = json.loads(data.decode("utf-8"))
         problem = None if isinstance(record, dict) else f"{type(record).__name__} (expected an object)"
-    except ValueError as error:  # both of no UTF-8 and of no JSON
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
         problem = f"not JSON: {error}"
     if problem is None:
         text = record.get(text_field)

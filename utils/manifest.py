@@ -104,9 +104,13 @@ class Manifest:
                 "use another --output-dir, or the settings of this one (nothing was changed)",
             )
 
-    def check_folder(self) -> None:
-        """Raises UserError if shards are there that this build did not write: training would read them."""
-        known = {shard["name"] for shard in self.shards} | {self.next_name()}
+    def check_folder(self, goes_on: bool) -> None:
+        """Raises UserError if shards are there that this build did not write: training would read them.
+
+        Args:
+            goes_on: the next shard is written anew, so it does not matter if a kill left one unrecorded.
+        """
+        known = {shard["name"] for shard in self.shards} | ({self.next_name()} if goes_on else set())
         for path in find_shards(self.folder, "val") + find_shards(self.folder, "train"):
             if path.name not in known:
                 raise UserError(

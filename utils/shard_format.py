@@ -18,6 +18,7 @@ from utils.errors import UserError
 from utils.files import whole_file
 
 REBUILD_HINT = "rebuild it: delete the file and run build_fineweb_edu_shards.py again, or copy it once more"
+UNFINISHED = (".edufineweb_*.npy.tmp", ".manifest.json.tmp", ".probe.*.tmp")  # others are not ours to delete
 DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
 
 
@@ -54,8 +55,16 @@ def find_shards(folder: Path, split: str) -> list[Path]:
 
 
 def check_numbers(folder: Path) -> None:
-    """Raises UserError if the numbers of a folder's shards, val and train together, leave one out."""
+    """Raises UserError if the numbers of a folder's shards, val and train together, leave one out.
+
+    Names without numbers are a row of their own, in alphabetical order, if all are such.
+    """
     paths = find_shards(folder, "val") + find_shards(folder, "train")
+    unnumbered = [path.name for path in paths if shard_number(path) is None]
+    if unnumbered and len(unnumbered) < len(paths):
+        raise UserError(
+            f"{folder}: {unnumbered[0]} has no number, other shards have", "if it is a copy, move it away"
+        )
     numbers = sorted({number for number in map(shard_number, paths) if number is not None})
     for before, after in zip(numbers, numbers[1:]):
         if after != before + 1:
@@ -125,9 +134,10 @@ def unfinished_name(path: Path) -> Path:
 
 
 def remove_unfinished(folder: Path) -> list[str]:
-    """Deletes what a killed build left under temporary names, and returns those names."""
+    """Deletes what a killed build left under `unfinished_name`s, and returns those names."""
     names = []
-    for path in sorted(folder.glob(".*.tmp")):
-        path.unlink()
-        names.append(path.name)
+    for pattern in UNFINISHED:
+        for path in sorted(folder.glob(pattern)):
+            path.unlink()
+            names.append(path.name)
     return names

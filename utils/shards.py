@@ -67,6 +67,8 @@ class ShardStream(TokenStream):
             )
 
     def __del__(self):
+        if os is None:
+            return  # at the end of Python, which closes all files itself
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
 
