@@ -176,7 +176,7 @@ def log_normalizers(hidden: Tensor, weight: Tensor) -> Tensor:
         weight: (V, C), of the same dtype.
     """
     U, V = len(hidden), len(weight)
-    words = min(V, max(256, LOGITS_AT_ONCE.get(weight.device.type, 1 << 22) // U // 64 * 64))
+    words = min(V, max(256, LOGITS_AT_ONCE.get(weight.device.type, 1 << 22) // max(1, U) // 64 * 64))
     buffer = hidden.new_empty(U * words)
     in_place = hidden.dtype == torch.float32
     log_probs_buffer = buffer if in_place else torch.empty_like(buffer, dtype=torch.float32)
@@ -309,6 +309,8 @@ def score_style(
     records, correct, correct_norm = [], 0, 0
     dist = Distributed(model.lm_head.weight.device)
     for batch, loss_sum in score_examples(model, examples, dtype, batch_tokens, dist):
+        if not np.isfinite(loss_sum).all():
+            raise UserError("the model's losses are not finite", "use --dtype float32, or other weights")
         by_sum, by_mean = predictions(batch, loss_sum)
         records += results.batch_records(batch, loss_sum, by_sum, by_mean, style)
         num_norm, num, total = count_correct(batch, loss_sum)

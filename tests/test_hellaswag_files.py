@@ -9,7 +9,9 @@ import math
 import re
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,9 +36,10 @@ from utils.benchmark_hellaswag import score_padded_rows
 from utils.checkpoint import model_content, save_pair
 from utils.errors import UserError
 from utils.hellaswag_data import PublishedFile, find_or_download, read_rows
-from utils.hellaswag_examples import choose_tokenizer, load_examples
+from utils.hellaswag_examples import choose_tokenizer, examples_for_training, load_examples
 from utils.hellaswag_results import compare, mcnemar_p_value, standard_error, write_results
-from utils.tokenizer import GPT2Tokenizer
+from utils.pretrained import tokenizer_state_of
+from utils.tokenizer import GPT2Tokenizer, tokenizer_from_state
 
 # ------------------------------------------------------------------------------------------------------------
 # The data
@@ -142,6 +145,8 @@ def serve(monkeypatch):
 def test_the_file_is_downloaded_once(serve, tmp_path):
     """One request, the right bytes under the right name, no part left; the second call asks nobody."""
     server = serve(FIXTURE.read_bytes())
+    (tmp_path / "new" / "folder").mkdir(parents=True)
+    (tmp_path / "new" / "folder" / "hellaswag_val.jsonl.123.part").write_bytes(b"of a killed process")
     for _ in range(2):
         path = find_or_download(tmp_path / "new" / "folder", "val")
         assert path.read_bytes() == FIXTURE.read_bytes()
@@ -219,6 +224,24 @@ def test_two_ranks_count_what_one_rank_counts(serve, tmp_path):
     assert server.requests.count("/first/hellaswag_val.jsonl") == 1
 
 
+def test_each_machine_says_why_hellaswag_is_off(monkeypatch, capsys):
+    """Only the machine whose file is damaged knows the reason; its first process prints it, no other does."""
+
+    def damaged(*arguments, **options):
+        raise UserError("hellaswag_val.jsonl:10: not JSON", "fetch it again")
+
+    monkeypatch.setattr("utils.hellaswag_examples.load_examples", damaged)
+    args = Namespace(hellaswag_every=1, hellaswag_examples=None, hellaswag_dir=None)
+    tokenizer = GPT2Tokenizer()
+    for local_rank, expected in (
+        (0, "warning: HellaSwag is off: hellaswag_val.jsonl:10: not JSON\n"),
+        (1, ""),
+    ):
+        dist = SimpleNamespace(is_master=False, local_rank=local_rank)
+        assert examples_for_training(args, tokenizer, 64, dist) == []
+        assert capsys.readouterr().out == expected
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -283,10 +306,14 @@ def test_an_unlabelled_split_needs_a_file_for_its_predictions(checkpoint, tmp_pa
 
 
 def test_what_the_user_must_change_is_said_in_two_lines(checkpoint, tmp_path):
-    """No data and no network, a character model, a malformed line, an --output in a folder not there."""
+    """No data and no network, a character model, a malformed line, no place for --output, broken weights."""
     folder = tmp_path / "chars"
     folder.mkdir()
     characters = save_checkpoint(folder, tiny_model(), {"name": "char", "characters": "abc"})
+    nan = tiny_model(block_size=48, vocab_size=50304)
+    nan.transformer.ln_f.weight.data[0] = math.nan
+    (tmp_path / "nan").mkdir()
+    broken_weights = save_checkpoint(tmp_path / "nan", nan, {"name": "gpt2"})
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "hellaswag_val.jsonl").write_text(json.dumps(HELLO) + "\n{}\n")
@@ -295,6 +322,8 @@ def test_what_the_user_must_change_is_said_in_two_lines(checkpoint, tmp_path):
         "reads characters": ["-m", characters, "--hellaswag-dir", FIXTURES],
         "hellaswag_val.jsonl:2: missing key 'ctx'": ["-m", checkpoint, "--hellaswag-dir", broken],
         "cannot write": ["-m", checkpoint, "--hellaswag-dir", FIXTURES, "--output", tmp_path / "no" / "x"],
+        "not a plain file": ["-m", checkpoint, "--hellaswag-dir", FIXTURES, "--output", folder],
+        "losses are not finite": ["-m", broken_weights, "--hellaswag-dir", FIXTURES],
     }.items():
         started = time.perf_counter()
         process = run("eval_hellaswag.py", *flags)
@@ -309,8 +338,9 @@ def test_a_folder_of_transformers_is_read_with_its_own_tokenizer(tmp_path, monke
     tokenizers = pytest.importorskip("tokenizers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     model = tiny_model(block_size=256, vocab_size=50257)
-    assert isinstance(choose_tokenizer(model, "gpt2"), GPT2Tokenizer)
-    assert isinstance(choose_tokenizer(model, tmp_path), GPT2Tokenizer)
+    for source in ("gpt2", tmp_path):
+        model.tokenizer_state = tokenizer_state_of(source)
+        assert isinstance(choose_tokenizer(model, source), GPT2Tokenizer)
     words = sorted(
         {word for row in fixture_rows() for word in re.findall(r"\w+|\S", " ".join(row["endings"]))}
     )
@@ -318,11 +348,16 @@ def test_a_folder_of_transformers_is_read_with_its_own_tokenizer(tmp_path, monke
     own = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=own, unk_token="[UNK]").save_pretrained(tmp_path)
+    model.tokenizer_state = tokenizer_state_of(tmp_path)
     found = choose_tokenizer(model, tmp_path)
     assert found.num_words == len(vocabulary)
     assert found.encode("puts the oven").tolist() == [vocabulary[word] for word in ("puts", "the", "oven")]
+    small = tiny_model(vocab_size=50)
+    small.tokenizer_state = model.tokenizer_state
     with pytest.raises(UserError, match="words"):
-        choose_tokenizer(tiny_model(vocab_size=50), tmp_path)
+        choose_tokenizer(small, tmp_path)
+    with pytest.raises(UserError, match="a tokenizer of its own"):  # generate.py and train_gpt.py
+        tokenizer_from_state(model.tokenizer_state)
 
 
 # ------------------------------------------------------------------------------------------------------------

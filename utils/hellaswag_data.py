@@ -63,6 +63,8 @@ def find_or_download(directory: Path, split: str) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if not path.exists():  # nobody else was faster
+                for part in directory.glob(f"{path.name}.*.part"):
+                    part.unlink()  # a killed process left it
                 _download_checked(path, PUBLISHED[split])
     except OSError as error:  # every network error is one; so is a folder that cannot be written
         raise UserError(f"cannot download {path.name}: {error}", hint) from error

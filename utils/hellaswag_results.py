@@ -91,6 +91,8 @@ def merge_styles(records: dict[str, list[dict]]) -> list[dict]:
 
 def check_writable(path: Path) -> None:
     """Raises UserError now if `write_results` could not write later; an existing file is untouched."""
+    if path.exists() and not path.is_file():  # a folder, or /dev/null: the rename would fail, or replace it
+        raise UserError(f"cannot write {path}: it is not a plain file", "give --output another file")
     probe = temporary_name(path)
     try:
         probe.open("w").close()
@@ -143,7 +145,10 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
     last division, so any count is exact.
     """
     tosses = only_a + only_b
-    tail = sum(math.comb(tosses, heads) for heads in range(min(only_a, only_b) + 1))
+    ways = tail = 1  # to get no heads; from each number of heads follows the next
+    for heads in range(min(only_a, only_b)):
+        ways = ways * (tosses - heads) // (heads + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**tosses)
 
 
