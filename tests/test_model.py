@@ -176,7 +176,7 @@ def test_a_variant_of_gpt2_is_refused(tmp_path, option, message):
     ("rename", "message"),
     [
         (lambda name: None if ".h.1." in name else name, "12 differ .missing transformer.h.1"),
-        (lambda name: f"_orig_mod.{name}", "missing transformer.h.0"),
+        (lambda name: f"_orig_mod.{name}", r"missing (transformer\.)?h\.0"),
     ],
 )
 def test_a_folder_without_all_its_weights_is_refused(tmp_path, rename, message):
