@@ -36,7 +36,7 @@ from utils.manifest import FILE_NAME, Manifest
 from utils.shard_builder import cannot_write, must_use_reference, pack, rebuild
 from utils.shard_format import find_shards, remove_unfinished
 from utils.token_feed import TokenQueue, blocks_from, num_cores
-from utils.tokenizer import MERGES_SHA256, GPT2Tokenizer
+from utils.tokenizer import MERGES_SHA256, GPT2Tokenizer, tiktoken_is_installed
 
 ROOT = Path(__file__).resolve().parent
 
@@ -277,6 +277,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if args.verify:
         return verify(args)
+    if not tiktoken_is_installed():
+        raise UserError("tiktoken is not installed", "pip install tiktoken")
     prepare_folder(args.output_dir)
     with only_build_in(args.output_dir):
         manifest = Manifest.load(args.output_dir)

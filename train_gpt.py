@@ -26,7 +26,7 @@ from utils.checkpoint import newest_model_file
 from utils.data_loader import WindowLoader
 from utils.datasets import choose_source, choose_tokenizer, fetch, open_streams
 from utils.distributed import Distributed
-from utils.divergence import SpikeFilter, stop_if_diverged
+from utils.divergence import SpikeFilter, stop_if_diverged, stop_if_not_finite
 from utils.errors import Unfinished, UserError, run_script
 from utils.hellaswag_examples import examples_for_training
 from utils.mirrors import Mirrors, check_installed
@@ -215,6 +215,7 @@ def train(run: Run, log: RunLog, progress: Progress) -> None:
         last = progress.step == args.max_steps
         if progress.is_due("val", args.val_every, last):
             progress.val_loss = evaluate(run.model, run.val_loader, args.val_tokens, dist, run.dtype, poll)
+            stop_if_not_finite(progress.val_loss, progress.step, args.log_dir)
             tokens = progress.windows * args.seq_len
             verdict = on_track.verdict(progress.step, progress.val_loss, faithful)
             log.validation(progress.step, progress.val_loss, tokens, progress.seconds, verdict)
@@ -304,10 +305,11 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
     warnings = resume.begin(run, progress)
     if progress.is_complete(args, bool(run.hellaswag)):
         if dist.is_master:
-            print(f"already complete: {args.max_steps} steps, the model is in {args.log_dir}")
+            model = progress.resumed_from or args.resume
+            print(f"already complete: step {progress.step} of {args.max_steps}, the model is {model}")
         return 0
     with RunLog(args.log_dir, dist.is_master, args.max_steps, progress.step) as log:
-        for line in plan.describe(run, reasons) + warnings:
+        for line in plan.describe(run, reasons) + plan.space_warning(run) + warnings:
             log.say(line)
         if dist.is_master and (args.tensorboard or args.wandb):
             settings = plan.record(run, reasons)["settings"]
@@ -326,10 +328,16 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
             where = f"saved {args.log_dir} at step {progress.step}"
             log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
             return stop.exit_code
-        log.try_to(write_report)
+        except (
+            Exception
+        ) as error:  # when this rank is gone, the others fail, too: which was first, and where?
+            if not (dist.is_alone or isinstance(error, UserError)):
+                print(f"rank {dist.rank} failed at step {progress.step}:", file=sys.stderr, flush=True)
+            raise
+        log.try_to("report.md", write_report)
         memory = runtime.peak_memory_bytes(dist.device) / 1e9
         log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
-        log.say(f"in {args.log_dir}/: log.txt, metrics.jsonl, samples.txt, curves.png, report.md, model_*.pt")
+        log.say(f"in {args.log_dir}/: {', '.join(run_dir.written(args.log_dir))}")
         newest = newest_model_file(args.log_dir)
         log.say(f'sample from it: python generate.py -m {newest} -p "{args.sample_prompt}"')
     return 0

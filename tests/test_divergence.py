@@ -86,6 +86,18 @@ def test_a_nan_stops_the_run_before_the_update(text_file, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("*.pt"))
 
 
+@pytest.mark.usefixtures("no_pictures")
+def test_weights_without_a_val_loss_are_not_saved(text_file, tmp_path):
+    """The last update broke them: exit code 3 before anything is logged or saved."""
+    flags = "--max-lr 1e30 --warmup-steps 0 --max-steps 1 --val-every 1".split()
+    with pytest.raises(Diverged, match="non-finite val loss at step 1") as caught:
+        train_gpt.main(small_args(text_file, tmp_path, *flags))
+    assert caught.value.exit_code == 3 and "none yet" in caught.value.hint
+    assert not list(tmp_path.glob("model_*.pt"))
+    assert "nan" not in (tmp_path / "log.txt").read_text().lower()
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_samples_of_a_broken_model_are_skipped(text_file, tmp_path, monkeypatch, capsys):
     """Logits that are not finite end the sampling with a line, not the run."""
     real = train_gpt.write_samples

@@ -20,6 +20,7 @@ from utils.distributed import Distributed
 from utils.download import download
 from utils.errors import UserError
 from utils.plotting import plot_run, read_log, smoothed
+from utils.run_dir import prepare_log_dir
 from utils.run_log import RunLog, Speedometer, format_duration
 
 ALONE = Distributed(torch.device("cpu"))
@@ -93,6 +94,63 @@ def test_a_flipped_byte_is_found(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match="is damaged"):
         load_model_file(path)
+
+
+@pytest.mark.parametrize(("offset", "mask"), [(46, 0x80), (8, 0x01), (38, 0x10)])
+def test_a_flipped_bit_in_a_header_is_found(tmp_path, offset, mask):
+    """In the name, the flag of encryption, and the mark of a folder, which no checksum covers."""
+    path = tmp_path / "model_00007.pt"
+    saved(path)
+    whole = path.read_bytes()
+    entry = whole.find(b"PK\x01\x02")
+    while entry >= 0:
+        data = bytearray(whole)
+        data[entry + offset] ^= mask
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="is damaged"):
+            load_model_file(path)
+        entry = whole.find(b"PK\x01\x02", entry + 1)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """The system's reason is given: another owner, a dying disk."""
+    path = tmp_path / "model_00007.pt"
+    saved(path)
+
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("zipfile.ZipFile", refused)
+    with pytest.raises(UserError, match="cannot read checkpoint .*model_00007.pt: Permission denied"):
+        load_model_file(path)
+
+
+def test_a_full_disk_is_found_before_a_run(tmp_path, monkeypatch):
+    """An empty file can still be made on it: the trial has text in it, and leaves nothing behind."""
+    real_write = Path.write_text
+
+    def full(path, text, **options):
+        real_write(path, "")
+        if text:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match="cannot write to log dir .*: No space left on device"):
+        prepare_log_dir(tmp_path / "log")
+    assert not list((tmp_path / "log").iterdir())
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_once(tmp_path, capsys):
+    """And named: a full disk would else fill the console."""
+
+    def broken(log_dir):
+        raise OSError(28, "No space left on device")
+
+    with RunLog(tmp_path, True) as log:
+        for _ in range(3):
+            log.try_to("curves.png", broken)
+    said = capsys.readouterr().out
+    assert said == "warning: no curves.png: [Errno 28] No space left on device\n"
 
 
 def test_code_in_a_checkpoint_is_refused(tmp_path):

@@ -54,7 +54,16 @@ runpy.run_path({script!r}, run_name="__main__")
 def test_help_needs_no_optional_package(script):
     """--help of every script works without the optional packages."""
     code = BLOCK_IMPORTS.format(
-        blocked=("transformers", "datasets", "matplotlib", "tiktoken", "pyarrow", "huggingface_hub", "wandb"),
+        blocked=(
+            "transformers",
+            "datasets",
+            "matplotlib",
+            "tiktoken",
+            "tqdm",
+            "pyarrow",
+            "huggingface_hub",
+            "wandb",
+        ),
         argv=[script, "--help"],
         root=str(ROOT),
         script=str(ROOT / script),
@@ -79,4 +88,20 @@ def test_training_without_tiktoken_and_matplotlib_uses_characters(text_file, tmp
     assert process.returncode == 0, process.stderr
     assert "warning: tiktoken is not installed" in process.stdout
     assert "tokenizer char" in process.stdout
+    assert "warning: no curves.png: matplotlib is not installed" in process.stdout
+    (files,) = [line for line in process.stdout.splitlines() if line.startswith("in ")]
+    assert "samples.txt, report.md" in files and "curves.png" not in files
     assert (tmp_path / "log" / "model_00002.pt").exists() and not (tmp_path / "log" / "curves.png").exists()
+
+
+def test_shards_without_tiktoken_are_refused_at_once(text_file, tmp_path):
+    """Two lines, before a folder is made or a process started."""
+    code = BLOCK_IMPORTS.format(
+        blocked=("tiktoken",),
+        argv=["build.py", "--input", str(text_file), "--output-dir", str(tmp_path / "out")],
+        root=str(ROOT),
+        script=str(ROOT / "build_fineweb_edu_shards.py"),
+    )
+    process = run("-c", code)
+    assert process.returncode == 2 and process.stderr.startswith("error: tiktoken is not installed\nhint: ")
+    assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 
+from tests.conftest import run
 from tests.small_runs import train
 from utils import resume
 from utils.datasets import Source, fetch
@@ -27,6 +28,15 @@ def test_a_restart_that_another_machine_counted_goes_on_with_the_run(
     assert train(short_text, tmp_path, "--max-steps", "6") == 0
     assert "at step 4" in capsys.readouterr().out
     assert not (tmp_path / "archive").exists()
+
+
+def test_a_job_that_was_started_wrongly_says_so_on_every_rank():
+    """A rank that is none, as from a script that sets the variables by hand: rank 5 is alone in knowing."""
+    process = run(
+        "train_gpt.py", RANK="5", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
+    )
+    assert process.returncode == 2
+    assert process.stderr == "error: RANK=5 but WORLD_SIZE=2\nhint: start with torchrun\n"
 
 
 @pytest.mark.parametrize("kind", ["text", "shards", "download"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.small_runs import Killed, assert_same_run, kill_in, stop_by_signal_in, tensors_of, train
+from utils.errors import UserError
 from utils.resume import Progress
 
 pytestmark = pytest.mark.usefixtures("no_pictures")  # drawing takes longer than the run
@@ -66,6 +67,16 @@ def test_resume_without_a_checkpoint_is_a_fresh_start(short_text, undisturbed, t
     """So that one command, in a loop, starts a run and continues it."""
     assert train(short_text, tmp_path, "--resume") == 0
     assert_same_run(tmp_path, undisturbed)
+
+
+def test_resume_without_a_usable_checkpoint_is_no_fresh_start(stopped_run, short_text):
+    """All damaged, or without their twins: days of work are not begun anew without a word."""
+    names = {path.name for path in stopped_run.iterdir()}
+    for path in stopped_run.glob("optimizer_*.pt"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"none of the \d model files .* can be resumed from"):
+        train(short_text, stopped_run, "--resume")
+    assert {path.name for path in stopped_run.iterdir()} >= names
 
 
 def test_an_older_checkpoint_sends_the_newer_ones_to_the_archive(stopped_run, short_text, undisturbed):

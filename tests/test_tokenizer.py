@@ -77,10 +77,13 @@ def test_the_merge_table_is_the_published_one():
 
 
 def test_a_changed_merge_table_is_refused(tmp_path):
-    """One other byte is an error with both sums."""
+    """One other byte is an error with both sums, half a file one of two lines."""
     path = tmp_path / "vocab.bpe.xz"
     path.write_bytes(lzma.compress(lzma.decompress(MERGES_PATH.read_bytes()) + b" "))
     with pytest.raises(UserError, match="1ce16647"):
+        load_merges(path)
+    path.write_bytes(MERGES_PATH.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot read .*vocab.bpe.xz"):
         load_merges(path)
 
 

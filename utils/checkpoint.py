@@ -102,7 +102,7 @@ def save_pair(log_dir: Path, step: int, model: dict[str, Any], state: dict[str, 
 def free_space(log_dir: Path, model: torch.nn.Module) -> str:
     """Free space beside what a pair needs: weights, two moments, all float32."""
     need = 3 * 4 * sum(p.numel() for p in model.parameters())
-    return f"free {shutil.disk_usage(log_dir).free / 1e9:.2f} GB, need {need / 1e9:.2f} GB"
+    return f"free {shutil.disk_usage(log_dir).free / 1e6:,.1f} MB, need {need / 1e6:,.1f} MB"
 
 
 def prune(
@@ -138,6 +138,12 @@ def newest_complete(log_dir: Path, say=print) -> tuple[Path, dict, dict] | None:
             return (path, *load_pair(path))
         except UserError as error:
             say(f"warning: {error}; trying the one before")
+    if model_files(log_dir):
+        raise UserError(
+            f"none of the {len(model_files(log_dir))} model files in {log_dir} can be resumed from "
+            "(damaged, or without their optimizer_*.pt)",
+            "copy one back with its twin, or start anew without --resume",
+        )
     return None
 
 
@@ -222,7 +228,14 @@ def load_checked(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError):
+            # No checksum covers this bit: torch reads nothing into a tensor that is marked as a folder.
+            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
+            damaged = damaged or next(iter(folders), None)
+    except OSError as error:
+        raise UserError(
+            f"cannot read checkpoint {path}: {error.strerror or error}", "look at its owner and its disk"
+        ) from error
+    except Exception:  # damaged headers fail in many ways
         damaged = "no archive"
     if damaged is not None:
         raise UserError(

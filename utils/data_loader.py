@@ -11,6 +11,7 @@ Shapes: B micro-batch, T time, W windows of a step.
 
 from __future__ import annotations
 
+import codecs
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -93,9 +94,12 @@ def read_text(path: Path, flag: str = "--data") -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+        hint = f"convert it: iconv -f {encoding} -t utf-8 {path} > utf8.txt"
+        if data.startswith(b"\x93NUMPY"):
+            hint = f"give {flag} the folder of the shards"
         raise UserError(
-            f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8",
-            f"convert it: iconv -f latin1 -t utf-8 {path} > utf8.txt",
+            f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8", hint
         ) from error
     if not text.strip():
         raise UserError(f"{path} is empty", f"give {flag} a file with text in it")

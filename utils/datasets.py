@@ -94,7 +94,8 @@ def open_streams(source: Source, tokenizer_state: dict, seq_len: int, dist: Dist
     if source.kind == "shards":
         if by_characters:
             raise UserError(
-                f"{source.path} holds GPT-2 tokens, not characters", "give --data a text file, or use BPE"
+                f"{source.path} holds GPT-2 tokens, not characters",
+                "give --data a text file, or use --tokenizer gpt2 (which needs: pip install tiktoken)",
             )
         tokenizer = tokenizer_from_state(tokenizer_state)
         train, val = (

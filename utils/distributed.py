@@ -180,10 +180,11 @@ def start(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distri
         raise UserError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']} but {', '.join(missing)} not set",
             "start with torchrun, or unset WORLD_SIZE",
+            True,
         )
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not 0 <= rank < world_size:
-        raise UserError(f"RANK={rank} but WORLD_SIZE={world_size}", "start with torchrun")
+        raise UserError(f"RANK={rank} but WORLD_SIZE={world_size}", "start with torchrun", True)
     if device.type == "cuda":
         local_rank, local_size = environment_local_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if device.index != local_rank and local_size > 1 and torch.cuda.device_count() > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from pathlib import Path
 
 from torch import Tensor
 
@@ -67,6 +68,16 @@ class SpikeFilter:
         self.accepted.extend(state["accepted"])
         self.skips.extend(state["skips"])
         self.num_skipped = state["num_skipped"]
+
+
+def stop_if_not_finite(val_loss: float, step: int, log_dir: Path) -> None:
+    """Ends the run before it logs or saves weights whose val loss is no finite number. Raises Diverged."""
+    if not math.isfinite(val_loss):
+        good = newest_model_file(log_dir) or "none yet"
+        raise Diverged(
+            f"non-finite val loss at step {step}",
+            f"lower --max-lr, then --resume; last good checkpoint: {good}",
+        )
 
 
 def stop_if_diverged(

@@ -133,8 +133,9 @@ def export(model: GPT, folder: Path, say=print) -> float:
         UserError: transformers is missing, the folder holds something or cannot be written.
         Unfinished: the logits differ; the folder does not exist then.
     """
-    if not find_spec("transformers"):
-        raise UserError("transformers is not installed", "pip install transformers")
+    for package in ("transformers", "safetensors"):
+        if not find_spec(package):
+            raise UserError(f"{package} is not installed", f"pip install {package}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not an empty folder", "export into a new folder")
     tokenizer = tokenizer_from_state(model.tokenizer_state)

@@ -109,6 +109,11 @@ def checkpoints_line(run) -> str:
     return line if need <= free else f"warning: {line}: not enough"
 
 
+def space_warning(run) -> list[str]:
+    """The line above if the checkpoints will not fit, else nothing."""
+    return [line for line in (checkpoints_line(run),) if line.startswith("warning")]
+
+
 def memory_line(estimate: MemoryEstimate) -> str:
     """The estimate of one process, term by term."""
     return (

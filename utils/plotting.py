@@ -43,12 +43,12 @@ def smoothed(values: list[float], memory: float = 0.95) -> list[float]:
 def plot_run(log_dir: Path) -> Path | None:
     """Draws `curves.png` in the log directory.
 
-    Returns its path, or None where matplotlib is missing or nothing was logged.
+    Returns its path, or None where nothing was logged.
+
+    Raises:
+        UserError: matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
+    Figure = _figure_class()
     curves = read_log(log_dir / "log.txt")
     if not curves:
         return None
@@ -92,6 +92,14 @@ def _draw_references(axis) -> None:
     axis.set_ylabel("HellaSwag accuracy")
 
 
+def _figure_class():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("matplotlib is not installed", "pip install matplotlib") from error
+    return Figure
+
+
 def save_picture(figure, path: Path) -> Path:
     """Writes a PNG under a temporary name first: a viewer never sees half a picture. Returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -115,10 +123,7 @@ def plot_comparison(log_dirs: Sequence[Path], path: Path) -> Path:
     Raises:
         UserError: matplotlib is missing, a directory holds no log, or the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("matplotlib is not installed", "pip install matplotlib") from error
+    Figure = _figure_class()
     logs = {}
     for log_dir in log_dirs:
         curves = read_log(log_dir / "log.txt") if (log_dir / "log.txt").is_file() else {}

@@ -125,7 +125,11 @@ def save(run, log, progress: Progress) -> bool:
         except (OSError, RuntimeError) as error:
             space = free_space(args.log_dir, run.model)
             what = "remove old checkpoints" if progress.saved == moment else f"save step {progress.step}"
-            log.say(f"warning: could not {what}: {error} ({space}); training goes on")
+            reason = (
+                getattr(error, "strerror", None) or "the file was not written whole"
+            )  # torch's is no help
+            kept = model_files(args.log_dir)[-1:] or ["nothing so far"]
+            log.say(f"warning: could not {what}: {reason} ({space}); keeping {kept[0]}")
     run.dist.barrier()
     progress.saved = run.dist.broadcast(progress.saved)
     return progress.saved == moment
@@ -225,9 +229,8 @@ def check_same_run(run, path: Path, model: dict, state: dict) -> list[str]:
         problems.append(f"was made with another tokenizer ({state['tokenizer']['name']})")
     data = [run.train_loader.stream.fingerprint(), run.val_loader.stream.fingerprint()]
     if state["data"] != data:
-        problems.append(
-            f"was made on other data than {run.train_loader.stream.name} holds now (names, sizes or content)"
-        )
+        name, changes = run.train_loader.stream.name, _changes(state["data"], data)
+        problems.append(f"was made on other data than {name} holds now ({changes})")
     if problems:
         raise UserError(
             f"checkpoint {path} " + "; ".join(problems),
@@ -246,6 +249,19 @@ def check_same_run(run, path: Path, model: dict, state: dict) -> list[str]:
             f"warning: {', '.join(other).replace('_', ' ')}: continuing, results equal to rounding only"
         )
     return warnings
+
+
+def _changes(before: list[dict], now: list[dict]) -> str:
+    """What differs between the fingerprints of two pairs of streams: shards by name, or size and content."""
+    old, new = (
+        [tuple(entry) for stream in streams for entry in stream.get("shards", stream.items())]
+        for streams in (before, now)
+    )
+    lost, added = (
+        ", ".join(f"{name} {value}" for name, value in [entry for entry in a if entry not in b][:3])
+        for a, b in ((old, new), (new, old))
+    )
+    return f"before: {lost or 'no more'}; now: {added or 'no more'}"
 
 
 def restore(run, progress: Progress, model: dict | None, state: dict | None) -> None:

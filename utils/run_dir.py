@@ -27,8 +27,10 @@ def prepare_log_dir(log_dir: Path) -> None:
     trial = log_dir / f".trial-{os.getpid()}"
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        trial.write_text("")
-        trial.unlink()
+        try:
+            trial.write_text("a full disk takes a name, but no text")
+        finally:
+            trial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
             f"cannot write to log dir {log_dir}: {error.strerror}", "give --log-dir a folder you can write to"
@@ -83,6 +85,11 @@ def sweep(log_dir: Path) -> None:
     for torn in log_dir.glob(".*.tmp-*"):
         print(f"removed {torn.name}: an earlier run was stopped while writing it")
         torn.unlink()
+
+
+def written(log_dir: Path) -> list[str]:
+    """Names, or their patterns, of what a run has left in its log directory."""
+    return [pattern for pattern in OURS if any(log_dir.glob(pattern))]
 
 
 def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | None:

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from tqdm import tqdm
-
 from utils.plotting import plot_run
 
 
@@ -32,7 +30,8 @@ class RunLog:
         self.is_master = is_master
         self.bar = None
         self.mirrors = None  # a utils.mirrors.Mirrors, set where --tensorboard or --wandb ask for one
-        self.broken = False
+        self.broken = False  # a log file: said once
+        self.missing: set[str] = set()  # pictures and pages: each said once
         if not is_master:
             return
         log_dir.mkdir(parents=True, exist_ok=True)
@@ -40,6 +39,8 @@ class RunLog:
         self.metrics_file = open(log_dir / "metrics.jsonl", "a", encoding="utf-8")
         self.samples_file = open(log_dir / "samples.txt", "a", encoding="utf-8")
         if sys.stderr.isatty():
+            from tqdm import tqdm
+
             self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
 
     def say(self, line: str) -> None:
@@ -118,15 +119,17 @@ class RunLog:
 
     def plot(self) -> None:
         """Draws curves.png anew from what has been written so far."""
-        self.try_to(plot_run)
+        self.try_to("curves.png", plot_run)
 
-    def try_to(self, write: Callable[[Path], Any]) -> None:
-        """Writes a page or a picture of the run, on rank 0; whatever goes wrong with it is a warning."""
+    def try_to(self, name: str, write: Callable[[Path], Any]) -> None:
+        """Writes a page or a picture of the run, on rank 0; whatever goes wrong with it is said once."""
         if self.is_master:
             try:
                 write(self.log_dir)
             except Exception as error:  # a library's, too: no picture is worth a run
-                self.say(f"warning: {error}; training goes on")
+                if name not in self.missing:
+                    self.say(f"warning: no {name}: {error}")
+                self.missing.add(name)
 
     def _write(self, file, text: str) -> None:
         # A full disk must not end a run: it is said once, and the weights go on.

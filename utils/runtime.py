@@ -68,6 +68,10 @@ def choose_device(requested: str, local_rank: int = 0) -> Decision:
                 f"device {requested!r} asked but torch {torch.__version__} has no CUDA", "use --device cpu"
             )
         index = local_rank if device.index is None else device.index
+        if index >= num_gpus and device.index is not None:
+            raise UserError(
+                f"device {requested!r} does not exist (found {_devices_here()})", "--device auto picks one"
+            )
         if index >= num_gpus:
             raise UserError(
                 f"process {index} of this machine has no GPU of its own (found {_devices_here()})",

@@ -157,7 +157,11 @@ def encode_ordinary(text: str) -> list[int]:
 
 def load_merges(path: Path = MERGES_PATH) -> dict[bytes, int]:
     """Reads the merge table into bytes -> id. Raises UserError unless its SHA-256 is the published one."""
-    data = lzma.decompress(path.read_bytes())
+    try:
+        data = lzma.decompress(path.read_bytes())
+    except (OSError, lzma.LZMAError) as error:
+        hint = "restore the file: git checkout -- utils/gpt2_bpe"
+        raise UserError(f"cannot read {path}: {error}", hint) from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != MERGES_SHA256:
         raise UserError(
