@@ -328,9 +328,8 @@ def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
             where = f"saved {args.log_dir} at step {progress.step}"
             log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
             return stop.exit_code
-        except (
-            Exception
-        ) as error:  # when this rank is gone, the others fail, too: which was first, and where?
+        except Exception as error:
+            # The other ranks fail with this one: the messages must tell which was the first, and where.
             if not (dist.is_alone or isinstance(error, UserError)):
                 print(f"rank {dist.rank} failed at step {progress.step}:", file=sys.stderr, flush=True)
             raise

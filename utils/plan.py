@@ -111,7 +111,8 @@ def checkpoints_line(run) -> str:
 
 def space_warning(run) -> list[str]:
     """The line above if the checkpoints will not fit, else nothing."""
-    return [line for line in (checkpoints_line(run),) if line.startswith("warning")]
+    line = checkpoints_line(run)
+    return [line] if line.startswith("warning") else []
 
 
 def memory_line(estimate: MemoryEstimate) -> str:

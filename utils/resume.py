@@ -19,6 +19,7 @@ from utils.checkpoint import (
     model_content,
     model_files,
     newest_complete,
+    newest_model_file,
     prune,
     save_pair,
     versions,
@@ -125,11 +126,10 @@ def save(run, log, progress: Progress) -> bool:
         except (OSError, RuntimeError) as error:
             space = free_space(args.log_dir, run.model)
             what = "remove old checkpoints" if progress.saved == moment else f"save step {progress.step}"
-            reason = (
-                getattr(error, "strerror", None) or "the file was not written whole"
-            )  # torch's is no help
-            kept = model_files(args.log_dir)[-1:] or ["nothing so far"]
-            log.say(f"warning: could not {what}: {reason} ({space}); keeping {kept[0]}")
+            # torch.save's own words for a full disk are about positions in a stream.
+            reason = getattr(error, "strerror", None) or "the file was not written whole"
+            kept = newest_model_file(args.log_dir) or "nothing so far"
+            log.say(f"warning: could not {what}: {reason} ({space}); keeping {kept}")
     run.dist.barrier()
     progress.saved = run.dist.broadcast(progress.saved)
     return progress.saved == moment
