@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from argparse import Namespace
 
 import pytest
@@ -12,9 +13,10 @@ from gpt_model import GPT
 from tests.conftest import run, tiny_model
 from utils import benchmark, benchmark_generate, benchmark_loader, benchmark_step
 from utils.benchmark_step import Size, hugging_face_twin, prepare_ours, prepare_plain, random_batches
-from utils.errors import Unfinished
+from utils.errors import Unfinished, UserError
 from utils.in_turns import in_pairs
 from utils.plain_gpt2 import plain_greedy, plain_twin
+from utils.runtime import OutOfMemory
 
 TOY = ("--n-layer", 2, "--n-head", 2, "--n-embd", 32)
 
@@ -82,6 +84,44 @@ def test_different_results_are_no_benchmark(monkeypatch, tmp_path):
     with pytest.raises(Unfinished, match="different results"):
         benchmark.main(["loader", "--json", str(tmp_path / "figures.json")])
     assert json.loads((tmp_path / "figures.json").read_text())["agree"] is False
+
+
+def prepare_hungry(size, vocab_size, device, dtype):
+    """A plain contender for which more than one row is too much."""
+    device, step = prepare_plain(size, vocab_size, device, dtype)
+
+    def hungry() -> float:
+        if size.micro_batch > 1:
+            raise OutOfMemory("CUDA out of memory")
+        return step()
+
+    return device, hungry
+
+
+def test_all_take_the_largest_micro_batch_that_fits_each(monkeypatch, capsys):
+    """Where one contender runs out of memory, all start again with half the rows, and the same update."""
+    monkeypatch.setattr(benchmark_step, "prepare_plain", prepare_hungry)
+    monkeypatch.setattr(benchmark_step, "prepare_hugging_face", prepare_ours)  # no long import
+    monkeypatch.setattr(benchmark_step, "product_flops", lambda device, dtype: 1e9)
+    arguments = (50, torch.device("cpu"), torch.float32, 1)
+    found = benchmark_step.measure_what_fits("toy", Size(1, 1, 8, 8, 2, 3), *arguments)
+    assert (found["micro_batch"], found["micro_steps"]) == (1, 6) and found["losses_agree"]
+    assert "toy: plain eager: CUDA out of memory; all go on with B1 x 6" in capsys.readouterr().out
+    assert not multiprocessing.active_children()  # those of the first try were ended, too
+
+
+def test_no_micro_batch_fits(monkeypatch):
+    """Half the rows again and again, until they can be halved no more."""
+    tried = []
+
+    def measure(name, size):
+        tried.append((size.micro_batch, size.micro_steps))
+        raise OutOfMemory("CUDA out of memory")
+
+    monkeypatch.setattr(benchmark_step, "measure", measure)
+    with pytest.raises(UserError, match="toy: out of memory with a micro-batch of 3"):
+        benchmark_step.measure_what_fits("toy", Size(1, 1, 8, 8, 12))
+    assert tried == [(12, 1), (6, 2), (3, 4)]
 
 
 @pytest.mark.parametrize("wrong", [1e-4, float("nan")])

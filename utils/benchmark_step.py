@@ -19,6 +19,7 @@ from utils.in_turns import Contender, in_pairs, product_flops
 from utils.plain_gpt2 import plain_adamw, plain_step, plain_twin
 from utils.runtime import (
     DTYPES,
+    OutOfMemory,
     autocast,
     choose_compile,
     choose_device,
@@ -194,7 +195,7 @@ def run(args) -> dict[str, Any]:
     }
     print(", ".join(f"{name} {value}" for name, value in figures.items()))
     figures["sizes"] = {
-        name: measure(name, size, args.vocab_size, device, dtype, args.rounds)
+        name: measure_what_fits(name, size, args.vocab_size, device, dtype, args.rounds)
         for name, size in chosen_sizes(args, device.type).items()
     }
     figures["agree"] = all(size["losses_agree"] for size in figures["sizes"].values())
@@ -216,20 +217,49 @@ def chosen_sizes(args, device_type: str) -> dict[str, Size]:
     return known if args.size is None else {args.size: known[args.size]}
 
 
+def measure_what_fits(name: str, size: Size, *arguments) -> dict[str, Any]:
+    """`measure` with the largest micro-batch for which all contenders have memory; the update stays as large.
+
+    Raises:
+        UserError: the memory does not suffice for the smallest.
+    """
+    while True:
+        try:
+            return measure(name, size, *arguments)
+        except OutOfMemory as error:
+            if size.micro_batch % 2:
+                what = f"{name}: out of memory with a micro-batch of {size.micro_batch}"
+                raise UserError(what, "measure a smaller model, or give --micro-batch") from error
+            size = size._replace(micro_batch=size.micro_batch // 2, micro_steps=2 * size.micro_steps)
+            reason = str(error).split("\n")[0]
+            print(f"{name}: {reason}; all go on with B{size.micro_batch} x {size.micro_steps}", flush=True)
+
+
 def measure(
     name: str, size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
-    """Lets all contenders make steps of one size, prints a table, and returns what is in it."""
+    """Lets all contenders make steps of one size, prints a table, and returns what is in it.
+
+    Raises:
+        OutOfMemory: a contender's device has no room for the micro-batch.
+    """
     arguments = (size, vocab_size, device, dtype)
     ours = Contender("ours", prepare_ours, *arguments)
     others = [Contender("plain eager", prepare_plain, *arguments)]
     others.append(Contender("Hugging Face", prepare_hugging_face, *arguments))
     if device.type == "cuda":  # what the chunked loss brings where the rest is compiled
         others.append(Contender("ours, full logits", prepare_ours, *arguments, True))
-    contenders = [contender.ready() for contender in (ours, *others)]
-    limit = product_flops(device, dtype)
-    ratios = dict(zip(others, in_pairs(ours, others, rounds, WARM_UP)))
-    limit = max(limit, product_flops(device, dtype))  # other work may have disturbed the first
+    contenders = [ours, *others]
+    try:
+        for contender in contenders:
+            contender.ready()
+        limit = product_flops(device, dtype)
+        ratios = dict(zip(others, in_pairs(ours, others, rounds, WARM_UP)))
+        limit = max(limit, product_flops(device, dtype))  # other work may have disturbed the first
+    except OutOfMemory:
+        for contender in contenders:
+            contender.abandon()
+        raise
     for contender in contenders:
         contender.finish()
 

@@ -17,7 +17,7 @@ from typing import Any, Callable
 import torch
 
 from utils.errors import Unfinished
-from utils.runtime import peak_memory_bytes
+from utils.runtime import OutOfMemory, peak_memory_bytes
 
 
 class Contender:
@@ -64,25 +64,42 @@ class Contender:
         self.memory = self._receive()
         self.process.join()
 
+    def abandon(self) -> None:
+        """Ends the process whatever it does."""
+        self.process.kill()
+        self.process.join()
+
     @property
     def median(self) -> float:
         """Seconds of a turn."""
         return statistics.median(self.seconds)
 
-    def _receive(self):
+    def _receive(self) -> Any:
+        """The next answer of the process.
+
+        Raises:
+            OutOfMemory: its device has no room; the process has ended.
+            Unfinished: it ended in another way.
+        """
         try:
-            return self.pipe.recv()
+            answer = self.pipe.recv()
         except EOFError as error:
             self.process.join()
             what = f"{self.name}: its process ended with exit code {self.process.exitcode}"
             raise Unfinished(
                 what, "its own message is above; if memory ran out, ask for smaller sizes"
             ) from error
+        if isinstance(answer, OutOfMemory):
+            raise OutOfMemory(f"{self.name}: {answer}") from answer
+        return answer
 
 
 def _serve(pipe, prepare: Callable, arguments: tuple) -> None:
     with contextlib.suppress(EOFError):  # the one who asks is gone
-        _take_turns(pipe, prepare, arguments)
+        try:
+            _take_turns(pipe, prepare, arguments)
+        except OutOfMemory as error:
+            pipe.send(OutOfMemory(str(error)))
 
 
 def _take_turns(pipe, prepare: Callable, arguments: tuple) -> None:

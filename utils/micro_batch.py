@@ -13,10 +13,9 @@ from utils import runtime
 from utils.checkpoint import load_checked, model_files, state_path
 from utils.distributed import Distributed
 from utils.errors import UserError
+from utils.runtime import OutOfMemory
 
 HEADROOM = 0.9  # of the device's memory: exchange buffers, fragments and longer-lived caches need the rest
-
-OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # renamed in torch 2.5
 
 
 def choose(args: Namespace, model, dist: Distributed, dtype: torch.dtype, fallback: int) -> runtime.Decision:

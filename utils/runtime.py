@@ -17,6 +17,8 @@ import torch
 
 from utils.errors import UserError
 
+OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # renamed in torch 2.5
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense bf16 peaks in FLOP/s by the vendors' data sheets (fp16 for the T4). The PCIe and NVL boards are
