@@ -20,7 +20,7 @@ from utils.distributed import Distributed
 from utils.download import download
 from utils.errors import UserError
 from utils.plotting import plot_run, read_log, smoothed
-from utils.run_dir import prepare_log_dir
+from utils.run_dir import cut_logs_back, prepare_log_dir
 from utils.run_log import RunLog, Speedometer, format_duration
 
 ALONE = Distributed(torch.device("cpu"))
@@ -289,6 +289,17 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
         for step in range(3):
             log.result(step, "train", 1.0)
     assert capsys.readouterr().out.count("warning: cannot write /dev/full: No space left on device") == 1
+
+
+def test_logs_are_cut_back_and_lost_lines_are_said(tmp_path, capsys):
+    """What came after the checkpoint goes to the stale file; a log that is shorter is named."""
+    (tmp_path / "log.txt").write_text("0 val 1\n1 val 2\n")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    cut_logs_back(tmp_path, {"log.txt": 8, "metrics.jsonl": 1200})
+    assert (tmp_path / "log.txt").read_text() == "0 val 1\n"
+    assert (tmp_path / "log.txt.stale").read_text() == "1 val 2\n"
+    assert "metrics.jsonl has 3 bytes and had 1,200 at the checkpoint" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

@@ -129,7 +129,10 @@ def cut_logs_back(log_dir: Path, sizes: dict[str, int]) -> None:
     """Cuts each log to its size at the checkpoint; what is cut off is added to `<name>.stale`."""
     for name in LOGS:
         path, size = log_dir / name, sizes.get(name, 0)
-        if not path.exists() or path.stat().st_size <= size:
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            print(f"warning: {path} has {found:,} bytes and had {size:,} at the checkpoint: lines are lost")
+        if found <= size:
             continue
         with open(path, "r+b") as file:
             file.seek(size)
