@@ -391,6 +391,8 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
     model, _, _, val_stream, _ = load_model_and_data(args, dist)
     loader = WindowLoader(val_stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
     loss = evaluate(model, loader, args.val_tokens, dist, dtype)
+    if not math.isfinite(loss):
+        raise UserError(f"{args.init_from}: val loss {loss}", "use --dtype float32, or other weights")
     if dist.is_master:
         tokens = loader.num_val_windows(args.val_tokens) * args.seq_len
         print(

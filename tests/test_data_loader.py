@@ -100,21 +100,24 @@ def test_a_text_too_short_for_a_window_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "message", "hint"),
     [
-        (b"", "is empty"),
-        (b"  \n ", "is empty"),
-        (b"caf\xe9 au lait", "byte 0xe9 at offset 3 is not UTF-8"),
-        (None, "cannot read"),
+        (b"", "is empty", "with text in it"),
+        (b"  \n ", "is empty", "with text in it"),
+        (b"caf\xe9 au lait", "byte 0xe9 at offset 3 is not UTF-8", "iconv -f latin1 -t utf-8"),
+        ("text".encode("utf-16"), "byte 0xff at offset 0 is not UTF-8", "iconv -f utf-16 -t utf-8"),
+        (b"\x93NUMPY\x01", "byte 0x93 at offset 0", "give --data the folder of the shards"),
+        (None, "cannot read", "give --data a file that exists"),
     ],
 )
-def test_bad_text_files_are_named(tmp_path, content, message):
-    """Empty, not UTF-8 or missing: one sentence each."""
+def test_bad_text_files_are_named(tmp_path, content, message, hint):
+    """Empty, not UTF-8 or missing: one sentence each, and what to do."""
     path = tmp_path / "input.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         read_text(path)
+    assert hint in caught.value.hint
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

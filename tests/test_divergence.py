@@ -10,7 +10,7 @@ import torch
 import train_gpt
 from tests.small_runs import small_args, train
 from utils.divergence import WINDOW, SpikeFilter
-from utils.errors import Diverged
+from utils.errors import Diverged, UserError
 from utils.run_log import RunLog, Speed
 
 
@@ -84,6 +84,22 @@ def test_a_nan_stops_the_run_before_the_update(text_file, tmp_path, monkeypatch)
     state, before = runs[0][0].model.state_dict(), runs[0][1]
     assert all(torch.equal(state[name].nan_to_num(7), before[name].nan_to_num(7)) for name in before)
     assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_broken_weights_are_no_start(text_file, tmp_path):
+    """Weights that are no numbers, given to a run or to --eval-only: the hint is to give others."""
+    flags = "--max-steps 1 --val-every 1".split()
+    assert train_gpt.main(small_args(text_file, tmp_path / "a", *flags)) == 0
+    content = torch.load(tmp_path / "a" / "model_00001.pt")
+    content["model"]["transformer.ln_f.weight"].fill_(float("nan"))
+    torch.save(content, tmp_path / "nan.pt")
+    start = ("--init-from", str(tmp_path / "nan.pt"), *flags)
+    with pytest.raises(Diverged, match="non-finite val loss at step 0") as caught:
+        train_gpt.main(small_args(text_file, tmp_path / "b", *start))
+    assert "give --init-from others" in caught.value.hint
+    with pytest.raises(UserError, match="nan.pt: val loss nan"):
+        train_gpt.main(small_args(text_file, tmp_path / "b", *start, "--eval-only"))
 
 
 @pytest.mark.usefixtures("no_pictures")

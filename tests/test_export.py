@@ -128,6 +128,15 @@ def test_nothing_is_overwritten(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
 
 
+@pytest.mark.parametrize("package", ["transformers", "safetensors"])
+def test_a_missing_package_is_named(package, tmp_path, monkeypatch):
+    """Before anything is written."""
+    monkeypatch.setattr(export_hf, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(UserError, match=f"{package} is not installed"):
+        export_hf.export(tiny_model(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_missing_checkpoint_is_two_lines(tmp_path, capsys):
     """Exit code 2 with a hint."""
     from utils.errors import run_script

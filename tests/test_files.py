@@ -20,7 +20,7 @@ from utils.distributed import Distributed
 from utils.download import download
 from utils.errors import UserError
 from utils.plotting import plot_run, read_log, smoothed
-from utils.run_dir import cut_logs_back, prepare_log_dir
+from utils.run_dir import cut_logs_back, locked
 from utils.run_log import RunLog, Speedometer, format_duration
 
 ALONE = Distributed(torch.device("cpu"))
@@ -112,6 +112,17 @@ def test_a_flipped_bit_in_a_header_is_found(tmp_path, offset, mask):
         entry = whole.find(b"PK\x01\x02", entry + 1)
 
 
+def test_a_damaged_end_of_the_archive_is_found(tmp_path):
+    """Where the directory's place points before the file's beginning: no fault of the disk's."""
+    path = tmp_path / "model_00007.pt"
+    saved(path)
+    data = bytearray(path.read_bytes())
+    data[data.find(b"PK\x06\x06") + 48] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="is damaged"):
+        load_model_file(path)
+
+
 def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     """The system's reason is given: another owner, a dying disk."""
     path = tmp_path / "model_00007.pt"
@@ -126,18 +137,23 @@ def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkey
 
 
 def test_a_full_disk_is_found_before_a_run(tmp_path, monkeypatch):
-    """An empty file can still be made on it: the trial has text in it, and leaves nothing behind."""
-    real_write = Path.write_text
+    """Unless a torn file of a killed run fills it: that is swept before anything is written."""
+    real_write, torn = Path.write_text, tmp_path / ".model_00021.pt.tmp-99999"
+    torn.write_text("most of the disk")
 
     def full(path, text, **options):
-        real_write(path, "")
-        if text:
+        if torn.exists() or path.exists():
             raise OSError(28, "No space left on device")
+        return real_write(path, text)
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(UserError, match="cannot write to log dir .*: No space left on device"):
-        prepare_log_dir(tmp_path / "log")
-    assert not list((tmp_path / "log").iterdir())
+    with locked(tmp_path):
+        assert not torn.exists()
+    monkeypatch.setattr("utils.run_dir.sweep", lambda log_dir: torn.touch())
+    with pytest.raises(UserError, match="cannot write to log dir .*: No space left on device") as caught:
+        with locked(tmp_path):
+            pass
+    assert caught.value.hint == "make room on the disk"
 
 
 def test_a_picture_that_cannot_be_drawn_is_said_once(tmp_path, capsys):
@@ -291,15 +307,18 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path, capsys):
     assert capsys.readouterr().out.count("warning: cannot write /dev/full: No space left on device") == 1
 
 
-def test_logs_are_cut_back_and_lost_lines_are_said(tmp_path, capsys):
-    """What came after the checkpoint goes to the stale file; a log that is shorter is named."""
+def test_logs_are_cut_back_to_the_checkpoint_or_to_whole_lines(tmp_path, capsys):
+    """What came later goes to the stale file; of a log that has lost lines, so does the torn one."""
     (tmp_path / "log.txt").write_text("0 val 1\n1 val 2\n")
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    cut_logs_back(tmp_path, {"log.txt": 8, "metrics.jsonl": 1200})
+    (tmp_path / "metrics.jsonl").write_text("{}\n{torn")
+    cut_logs_back(tmp_path, {"log.txt": 8, "metrics.jsonl": 1200, "samples.txt": 5})
     assert (tmp_path / "log.txt").read_text() == "0 val 1\n"
     assert (tmp_path / "log.txt.stale").read_text() == "1 val 2\n"
-    assert "metrics.jsonl has 3 bytes and had 1,200 at the checkpoint" in capsys.readouterr().out
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
+    assert (tmp_path / "metrics.jsonl.stale").read_text() == "{torn"
+    said = capsys.readouterr().out
+    assert "metrics.jsonl has 8 bytes and had 1,200 at the checkpoint" in said and "log.txt" not in said
+    assert "samples.txt has 0 bytes" in said
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

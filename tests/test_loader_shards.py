@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from utils.data_loader import WindowLoader
+from utils.datasets import Source, open_streams
+from utils.distributed import Distributed
 from utils.errors import UserError
 from utils.shard_format import shard_name, write_shard
 from utils.shards import ShardStream
 
 T = 8
+CPU = torch.device("cpu")
 
 
 def write_folder(folder: Path, *lengths: int, vocab_size: int = 50257) -> np.ndarray:
@@ -26,6 +30,22 @@ def write_folder(folder: Path, *lengths: int, vocab_size: int = 50257) -> np.nda
         start += length
     write_shard(folder / shard_name("val", 0), [tokens[:50]], 50)
     return tokens
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_state", "message", "hint"),
+    [
+        ({"name": "char"}, "GPT-2 tokens, not characters", "--tokenizer gpt2"),
+        ({"name": "char", "characters": "abc"}, "GPT-2 tokens, not characters", "a model that reads them"),
+        ({"name": "folder"}, "a tokenizer of its own", "only eval_hellaswag.py"),
+    ],
+)
+def test_shards_are_for_models_that_read_gpt2_tokens(tmp_path, tokenizer_state, message, hint):
+    """A model of characters or of another tokenizer cannot read them; the hint is one that helps."""
+    write_folder(tmp_path, 30)
+    with pytest.raises(UserError, match=message) as caught:
+        open_streams(Source("shards", tmp_path, "as asked"), tokenizer_state, T, Distributed(CPU))
+    assert hint in caught.value.hint
 
 
 def test_windows_cross_the_borders_of_shards(tmp_path):

@@ -141,6 +141,18 @@ def test_a_small_disk_is_a_warning(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_resumed_run_has_room_where_its_checkpoints_are(tmp_path, monkeypatch):
+    """Those that exist already are among those that will be kept: they need no more room."""
+    planned = planned_run(tmp_path)
+    pair = 12 * planned.model.num_parameters()  # of weights and two moments
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: Namespace(free=2 * pair))
+    assert plan.space_warning(planned)[0].startswith("warning: checkpoints: ")
+    (tmp_path / "model_00060.pt").write_bytes(bytes(pair // 3))
+    (tmp_path / "model_00030.pt").write_bytes(bytes(pair // 3))
+    (tmp_path / "optimizer_00030.pt").write_bytes(bytes(2 * pair // 3))
+    assert plan.space_warning(planned) == []
+
+
 def test_a_known_gpu_has_a_share_of_its_peak(tmp_path, monkeypatch):
     """MFU from the same formula as the training line."""
     planned = planned_run(tmp_path)

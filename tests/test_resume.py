@@ -59,7 +59,8 @@ def test_a_complete_run_resumed_changes_nothing(short_text, undisturbed, capsys)
     """Resume at MAX_STEPS: it says so, exit 0, every file as it was."""
     before = {path: path.read_bytes() for path in undisturbed.glob("[!.]*.*") if path.is_file()}
     assert train(short_text, undisturbed, "--resume") == 0
-    assert "already complete" in capsys.readouterr().out
+    model = undisturbed / "model_00020.pt"
+    assert f"already complete: step 20 of 20, the model is {model}" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in undisturbed.glob("[!.]*.*") if path.is_file()} == before
 
 

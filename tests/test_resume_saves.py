@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -132,8 +134,10 @@ def test_a_full_disk_ends_no_run_but_a_failed_last_save_does(short_text, tmp_pat
         real(contents)
 
     monkeypatch.setattr(checkpoint, "save_atomically", full)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Namespace(free=1000))
     assert train(short_text, tmp_path / "a") == 0
     out = capsys.readouterr().out
+    assert "warning: checkpoints: " in out.split("step ")[0]
     assert out.count("warning: could not save") == 2 and "No space left on device (free " in out
 
     def always(contents):
@@ -144,6 +148,27 @@ def test_a_full_disk_ends_no_run_but_a_failed_last_save_does(short_text, tmp_pat
         train(short_text, tmp_path / "b")
     assert caught.value.exit_code == 1
     assert (tmp_path / "b" / "log.txt").read_bytes() == (tmp_path / "a" / "log.txt").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("model_00003.pt came back damaged from the disk (data/1)"), "came back damaged"),
+        (RuntimeError("an illegal memory access\nmore"), "an illegal memory access (free "),
+        (RuntimeError("[enforce fail] . unexpected pos 640 vs 534"), "the file was not written whole (free "),
+    ],
+)
+def test_a_failed_save_says_why(error, reason, short_text, tmp_path, monkeypatch, capsys):
+    """What the disk, the device or torch said, in one line; of torch's words on a full disk the meaning."""
+
+    def fails(contents):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_atomically", fails)
+    with pytest.raises(Unfinished):
+        train(short_text, tmp_path, "--max-steps", "2", "--val-every", "0")
+    warning = capsys.readouterr().out.split("warning: could not save step 2: ")[1].split("\n")[0]
+    assert reason in warning
 
 
 def test_a_file_size_limit_is_a_full_disk(short_text, tmp_path):

@@ -53,6 +53,8 @@ def test_each_process_has_a_gpu_of_its_own(gpus):
     with pytest.raises(UserError, match="process 2 of this machine has no GPU") as caught:
         runtime.choose_device("cuda", local_rank=2)
     assert "--nproc_per_node=2" in caught.value.hint
+    with pytest.raises(UserError, match="device 'cuda:5' does not exist"):
+        runtime.choose_device("cuda:5", local_rank=1)
 
 
 def test_cpu_is_the_fallback_and_says_why(monkeypatch):

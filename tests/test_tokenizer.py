@@ -97,10 +97,12 @@ def test_characters_round_trip_and_report_what_they_do_not_know(capsys):
     assert tokenizer.end_of_text is None
 
 
-def test_a_text_that_tiktoken_cannot_split_is_said_so():
-    """A megabyte of white space overflows its regular expressions: two lines, not a panic."""
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_a_text_that_tiktoken_cannot_split_is_said_so(allow_special, capfd):
+    """A megabyte of white space overflows its regular expressions: two lines, and no backtrace of Rust's."""
     with pytest.raises(UserError, match="cannot split a text of 2,000,001 characters"):
-        GPT2Tokenizer().encode(" " * 2_000_000 + "x")
+        GPT2Tokenizer().encode(" " * 2_000_000 + "x", allow_special)
+    assert capfd.readouterr().err == ""
 
 
 def test_unknown_characters_are_said_once_a_job(capsys, monkeypatch):

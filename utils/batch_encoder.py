@@ -15,7 +15,7 @@ from typing import Sequence
 
 import numpy as np
 
-from utils.tokenizer import encode_ordinary, load_merges
+from utils.tokenizer import encode_text, load_merges
 
 END_OF_TEXT_ID = 50256
 CUT_ID = 50257  # not a token: dropped before anybody sees it
@@ -82,7 +82,7 @@ class BatchEncoder:
     """Documents to tokens, each behind an <|endoftext|>.
 
     Args:
-        exact_only: encode every document with `encode_ordinary` itself, for comparison.
+        exact_only: encode every document with `encode_text`, for comparison.
     """
 
     def __init__(self, exact_only: bool = False):
@@ -122,7 +122,7 @@ class BatchEncoder:
         return np.array(encoding.encode(marked, allowed_special=set(MARKS), disallowed_special=()), np.uint32)
 
     def _encode_one_by_one(self, documents: Sequence[str]) -> np.ndarray:
-        arrays = [np.array([END_OF_TEXT_ID, *encode_ordinary(text)], dtype=np.uint16) for text in documents]
+        arrays = [np.array([END_OF_TEXT_ID, *encode_text(text)], dtype=np.uint16) for text in documents]
         return np.concatenate(arrays)
 
 

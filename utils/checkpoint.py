@@ -7,6 +7,7 @@ them, and names of weights carry no `module.` or `_orig_mod.`.
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -162,7 +163,7 @@ def load_pair(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:
     """torch.save of several files to temporary names, flushed and read back; only then renamed, in order.
 
-    Saving a step again therefore never leaves one file of the new pair beside one of the old.
+    So only a kill between two renames can leave one file of a new pair beside one of the old.
     """
     temporary = {path: temporary_name(path) for path in contents}
     try:
@@ -231,11 +232,12 @@ def load_checked(path: Path) -> Any:
             # No checksum covers this bit: torch reads nothing into a tensor that is marked as a folder.
             folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
             damaged = damaged or next(iter(folders), None)
-    except OSError as error:
-        raise UserError(
-            f"cannot read checkpoint {path}: {error.strerror or error}", "look at its owner and its disk"
-        ) from error
-    except Exception:  # damaged headers fail in many ways
+    except Exception as error:  # damaged headers fail in many ways
+        # One of them sends zipfile to a place before the file's beginning.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise UserError(
+                f"cannot read checkpoint {path}: {error.strerror or error}", "look at its owner and its disk"
+            ) from error
         damaged = "no archive"
     if damaged is not None:
         raise UserError(

@@ -97,7 +97,7 @@ def read_text(path: Path, flag: str = "--data") -> str:
         encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
         hint = f"convert it: iconv -f {encoding} -t utf-8 {path} > utf8.txt"
         if data.startswith(b"\x93NUMPY"):
-            hint = f"give {flag} the folder of the shards"
+            hint = f"give {flag} {'the folder of the shards' if flag == '--data' else 'a text file'}"
         raise UserError(
             f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8", hint
         ) from error

@@ -93,9 +93,10 @@ def open_streams(source: Source, tokenizer_state: dict, seq_len: int, dist: Dist
     by_characters = tokenizer_state["name"] == "char"
     if source.kind == "shards":
         if by_characters:
+            loaded = "characters" in tokenizer_state
+            other = "a model that reads them" if loaded else "use --tokenizer gpt2 (pip install tiktoken)"
             raise UserError(
-                f"{source.path} holds GPT-2 tokens, not characters",
-                "give --data a text file, or use --tokenizer gpt2 (which needs: pip install tiktoken)",
+                f"{source.path} holds GPT-2 tokens, not characters", f"give --data a text file, or {other}"
             )
         tokenizer = tokenizer_from_state(tokenizer_state)
         train, val = (

@@ -74,10 +74,10 @@ def stop_if_not_finite(val_loss: float, step: int, log_dir: Path) -> None:
     """Ends the run before it logs or saves weights whose val loss is no finite number. Raises Diverged."""
     if not math.isfinite(val_loss):
         good = newest_model_file(log_dir) or "none yet"
-        raise Diverged(
-            f"non-finite val loss at step {step}",
-            f"lower --max-lr, then --resume; last good checkpoint: {good}",
-        )
+        hint = f"lower --max-lr, then --resume; last good checkpoint: {good}"
+        if step == 0:
+            hint = "the weights it starts from are broken: give --init-from others"
+        raise Diverged(f"non-finite val loss at step {step}", hint)
 
 
 def stop_if_diverged(

@@ -95,8 +95,12 @@ def num_checkpoints(args) -> tuple[int, int]:
     return len(recent | kept), len(recent)
 
 
-def checkpoints_line(run) -> str:
-    """Bytes that checkpoints will take beside what is free. While one is written, there is one more pair."""
+def checkpoints_line(run, there: int = 0) -> str:
+    """Bytes that checkpoints will take beside what is free. While one is written, there is one more pair.
+
+    Args:
+        there: bytes of checkpoints that are among them and exist already.
+    """
     models, pairs = num_checkpoints(run.args)
     model = 4 * run.model.num_parameters()  # float32; Adam's two moments take twice as much
     need = (models + 1) * model + (pairs + 1) * 2 * model
@@ -106,12 +110,12 @@ def checkpoints_line(run) -> str:
         f"checkpoints: model {in_words(model)} + optimizer {in_words(2 * model)}; {models} models and "
         f"{pairs} optimizers stay, at most {in_words(need)} at one time; free {in_words(free)}"
     )
-    return line if need <= free else f"warning: {line}: not enough"
+    return line if need <= free + there else f"warning: {line}: not enough"
 
 
 def space_warning(run) -> list[str]:
-    """The line above if the checkpoints will not fit, else nothing."""
-    line = checkpoints_line(run)
+    """The line above if the checkpoints will not fit beside those of the resumed run, else nothing."""
+    line = checkpoints_line(run, sum(path.stat().st_size for path in run.args.log_dir.glob("*_*.pt")))
     return [line] if line.startswith("warning") else []
 
 

@@ -126,8 +126,9 @@ def save(run, log, progress: Progress) -> bool:
         except (OSError, RuntimeError) as error:
             space = free_space(args.log_dir, run.model)
             what = "remove old checkpoints" if progress.saved == moment else f"save step {progress.step}"
-            # torch.save's own words for a full disk are about positions in a stream.
-            reason = getattr(error, "strerror", None) or "the file was not written whole"
+            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+            if "unexpected pos" in reason:  # torch.save's words for a full disk, about positions in a stream
+                reason = "the file was not written whole"
             kept = newest_model_file(args.log_dir) or "nothing so far"
             log.say(f"warning: could not {what}: {reason} ({space}); keeping {kept}")
     run.dist.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -22,33 +23,23 @@ OURS = (
 )
 
 
-def prepare_log_dir(log_dir: Path) -> None:
-    """Makes the folder and tries a file in it. Raises UserError if that fails."""
-    trial = log_dir / f".trial-{os.getpid()}"
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            trial.write_text("a full disk takes a name, but no text")
-        finally:
-            trial.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write to log dir {log_dir}: {error.strerror}", "give --log-dir a folder you can write to"
-        ) from error
-
-
 @contextlib.contextmanager
 def locked(log_dir: Path) -> Iterator[None]:
-    """Holds the folder against a second run; the system lets go of it however this process ends.
+    """Makes the folder and holds it against a second run; the system lets go of it however this process ends.
 
     Raises:
-        UserError: another live process holds it; the message names it.
+        UserError: nothing can be written there, or another live process holds it; the message names it.
     """
     from filelock import FileLock, Timeout  # comes with torch
 
     lock, holder = FileLock(str(log_dir / ".lock"), timeout=0), log_dir / ".lock-holder"
     try:
+        log_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        sweep(log_dir)  # first of all: this may be what fills the disk
+        holder.unlink(missing_ok=True)  # a full disk would have room for as many bytes again
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
     except Timeout as error:
         try:
             who = "pid {pid} on host {host} since {since}".format(**json.loads(holder.read_text()))
@@ -58,10 +49,12 @@ def locked(log_dir: Path) -> Iterator[None]:
             f"log dir {str(log_dir)!r} is in use by {who}",
             "wait for it, stop it, or give --log-dir another folder",
         ) from error
+    except OSError as error:
+        lock.release()
+        full = error.errno == errno.ENOSPC
+        hint = "make room on the disk" if full else "give --log-dir a folder you can write to"
+        raise UserError(f"cannot write to log dir {log_dir}: {error.strerror}", hint) from error
     try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
-        sweep(log_dir)
         yield
     finally:
         lock.release()
@@ -69,14 +62,9 @@ def locked(log_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def reserved(log_dir: Path, dist: Distributed) -> Iterator[None]:
-    """`prepare_log_dir` and `locked`, by the one rank that writes."""
+    """`locked`, by the one rank that writes."""
     with contextlib.ExitStack() as held:
-
-        def take() -> None:
-            prepare_log_dir(log_dir)
-            held.enter_context(locked(log_dir))
-
-        dist.on_master(take)
+        dist.on_master(lambda: held.enter_context(locked(log_dir)))
         yield
 
 
@@ -126,12 +114,13 @@ def log_sizes(log_dir: Path) -> dict[str, int]:
 
 
 def cut_logs_back(log_dir: Path, sizes: dict[str, int]) -> None:
-    """Cuts each log to its size at the checkpoint; what is cut off is added to `<name>.stale`."""
+    """Cuts each log to its size at the checkpoint, or to whole lines; the rest is added to `<name>.stale`."""
     for name in LOGS:
         path, size = log_dir / name, sizes.get(name, 0)
         found = path.stat().st_size if path.exists() else 0
         if found < size:
             print(f"warning: {path} has {found:,} bytes and had {size:,} at the checkpoint: lines are lost")
+            size = path.read_bytes().rfind(b"\n") + 1 if found else 0  # the next line needs a line of its own
         if found <= size:
             continue
         with open(path, "r+b") as file:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -38,7 +39,7 @@ class RunLog:
         self.log_file = open(log_dir / "log.txt", "a", encoding="utf-8")
         self.metrics_file = open(log_dir / "metrics.jsonl", "a", encoding="utf-8")
         self.samples_file = open(log_dir / "samples.txt", "a", encoding="utf-8")
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and find_spec("tqdm"):
             from tqdm import tqdm
 
             self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Iterable
@@ -51,9 +50,7 @@ class GPT2Tokenizer:
 
         The letters "<|endoftext|>" are text like any other unless `allow_special`.
         """
-        if allow_special:
-            return np.array(self.encoding.encode(text, allowed_special={END_OF_TEXT}), dtype=np.uint16)
-        return np.array(encode_ordinary(text), dtype=np.uint16)
+        return np.array(encode_text(text, allow_special), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -81,11 +78,14 @@ class CharTokenizer:
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Ids of `text`; characters outside the vocabulary are left out, with one line that names them."""
         unknown = sorted(set(text) - self._id_of.keys())
-        if unknown and os.environ.get("RANK", "0") == "0":  # torchrun's, said once a job
-            print(
-                f"warning: {len(unknown)} characters are not in the vocabulary and left out: "
-                f"{''.join(unknown[:20])!r}"
-            )
+        if unknown:
+            from utils.distributed import environment_rank  # here: tokenizing shards needs no torch
+
+            if environment_rank() == 0:
+                print(
+                    f"warning: {len(unknown)} characters are not in the vocabulary and left out: "
+                    f"{''.join(unknown[:20])!r}"
+                )
         dtype = np.uint16 if self.num_words <= 1 << 16 else np.uint32
         return np.array(
             [self._id_of[character] for character in text if character in self._id_of], dtype=dtype
@@ -142,13 +142,14 @@ def gpt2_encoding():
     )
 
 
-def encode_ordinary(text: str) -> list[int]:
+def encode_text(text: str, allow_special: bool = False) -> list[int]:
     """tiktoken's own ids of a text. Raises UserError for one whose white space it cannot split."""
+    encoding = gpt2_encoding()
+    allowed = {END_OF_TEXT} if allow_special else set()
     try:
-        return gpt2_encoding().encode_ordinary(text)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
-            raise
+        # The ids of its encode_ordinary, which would panic, with Rust's backtrace, where this one raises.
+        return encoding.encode(text, allowed_special=allowed, disallowed_special=())
+    except ValueError as error:
         raise UserError(
             f"tiktoken cannot split a text of {len(text):,} characters ({str(error)[:100]})",
             "shorten its runs of white space: a million in a row are too many",
