@@ -6,6 +6,7 @@ import hashlib
 import lzma
 import os
 import random
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +100,14 @@ def test_characters_round_trip_and_report_what_they_do_not_know(capsys):
 
 @pytest.mark.parametrize("allow_special", [False, True])
 def test_a_text_that_tiktoken_cannot_split_is_said_so(allow_special, capfd):
-    """A megabyte of white space overflows its regular expressions: two lines, and no backtrace of Rust's."""
+    """A megabyte of white space overflows its regular expressions: two lines.
+
+    Newer versions of tiktoken add no backtrace of Rust's.
+    """
     with pytest.raises(UserError, match="cannot split a text of 2,000,001 characters"):
         GPT2Tokenizer().encode(" " * 2_000_000 + "x", allow_special)
-    assert capfd.readouterr().err == ""
+    panics = version("tiktoken").startswith(("0.6.", "0.7.", "0.8.", "0.9."))
+    assert panics or capfd.readouterr().err == ""
 
 
 def test_unknown_characters_are_said_once_a_job(capsys, monkeypatch):

@@ -149,7 +149,10 @@ def encode_text(text: str, allow_special: bool = False) -> list[int]:
     try:
         # The ids of its encode_ordinary, which would panic, with Rust's backtrace, where this one raises.
         return encoding.encode(text, allowed_special=allowed, disallowed_special=())
-    except ValueError as error:
+    except BaseException as error:
+        # Older ones panic here, too, and Rust's PanicException is no Exception.
+        if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(
             f"tiktoken cannot split a text of {len(text):,} characters ({str(error)[:100]})",
             "shorten its runs of white space: a million in a row are too many",
