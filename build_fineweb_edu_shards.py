@@ -137,15 +137,17 @@ def prepare_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink(missing_ok=True)  # a build that starts beside this one sweeps the folder
     except OSError as error:
-        raise UserError(
-            f"cannot write to output dir {folder}: {error.strerror}", "give another --output-dir"
-        ) from error
+        raise cannot_write_to(folder, error) from error
     shards = find_shards(folder, "val") + find_shards(folder, "train")
     if shards and not (folder / FILE_NAME).exists():
         raise UserError(
             f"{folder} holds {shards[0].name}, but no {FILE_NAME} that says how it was made",
             "use another --output-dir, or move the shards away",
         )
+
+
+def cannot_write_to(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to output dir {folder}: {error.strerror}", "give another --output-dir")
 
 
 @contextlib.contextmanager
@@ -156,13 +158,18 @@ def only_build_in(folder: Path):
     except ImportError:
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    try:
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise cannot_write_to(folder, error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another build is at work in {folder}", "wait for it, or stop it") from error
         except OSError as error:  # Lustre, some NFS: no locks there
-            print(f"warning: {folder} cannot be locked ({error.strerror}); start one build at a time in it")
+            what = f"{folder} cannot be locked ({error.strerror}); start one build at a time in it"
+            print(f"warning: {what}", file=sys.stderr)
         yield
 
 
@@ -261,13 +268,13 @@ def verify(args: Namespace) -> int:
         print(f"{name}: {problem or 'ok'}", flush=True)
         if problem:
             damaged.append(name)
-    manifest.check_folder(goes_on=False)
     if damaged:
         raise UserError(
             f"{args.output_dir}: damaged are {len(damaged)} of {len(manifest.shards)} shards: "
             + ", ".join(damaged),
             "delete them and run the command that built them again: only they are built",
         )
+    manifest.check_folder(goes_on=False)
     state = "the build is complete" if manifest.complete else "the corpus has more: the build can go on"
     print(f"{len(manifest.shards)} shards, {manifest.num_tokens:,} tokens, all as written; {state}")
     return 0

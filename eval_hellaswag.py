@@ -176,7 +176,7 @@ def log_normalizers(hidden: Tensor, weight: Tensor) -> Tensor:
         weight: (V, C), of the same dtype.
     """
     U, V = len(hidden), len(weight)
-    words = min(V, max(256, LOGITS_AT_ONCE.get(weight.device.type, 1 << 22) // max(1, U) // 64 * 64))
+    words = min(V, max(256, LOGITS_AT_ONCE.get(weight.device.type, 1 << 22) // U // 64 * 64))
     buffer = hidden.new_empty(U * words)
     in_place = hidden.dtype == torch.float32
     log_probs_buffer = buffer if in_place else torch.empty_like(buffer, dtype=torch.float32)

@@ -360,6 +360,12 @@ def test_a_folder_of_transformers_is_read_with_its_own_tokenizer(tmp_path, monke
         tokenizer_from_state(model.tokenizer_state)
 
 
+def test_a_block_of_one_token_is_refused():
+    """No ending would be scored, and the first one win everywhere."""
+    with pytest.raises(UserError, match="a block of 2 tokens"):
+        load_examples(None, "val", 3, None, block_size=1)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Comparing two models, and the benchmark
 

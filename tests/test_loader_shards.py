@@ -140,6 +140,10 @@ def test_a_folder_that_numpy_save_wrote_is_read(tmp_path):
             lambda path: path.with_name(f"{path.stem} (1).npy").write_bytes(path.read_bytes()),
             r"000002 \(1\).npy has no number, other shards have",
         ),
+        (
+            lambda path: path.with_name(f"{path.stem} 2.npy").write_bytes(path.read_bytes()),
+            r"000002 2.npy is a copy of another shard",
+        ),
     ],
 )
 def test_a_damaged_shard_is_named_at_start(tmp_path, damage, message):

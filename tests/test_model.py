@@ -172,6 +172,43 @@ def test_a_variant_of_gpt2_is_refused(tmp_path, option, message):
         GPT.from_pretrained(tmp_path)
 
 
+def test_another_kind_of_model_is_named(tmp_path):
+    """Not its weights, which are others, too."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+    )
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="model_type='llama'"):
+        GPT.from_pretrained(tmp_path)
+
+
+def add_weights(folder, **added):
+    """Adds tensors to those of a folder that save_random_gpt2 has written; `__` in a name is a dot."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = folder / "model.safetensors"
+    named = {name.replace("__", "."): tensor for name, tensor in added.items()}
+    safetensors.save_file({**safetensors.load_file(path), **named}, path, metadata={"format": "pt"})
+
+
+def test_one_more_head_changes_nothing(tmp_path):
+    """Reinforcement learning adds one for values."""
+    theirs = save_random_gpt2(tmp_path)
+    add_weights(tmp_path, v_head__summary__weight=torch.randn(1, 48))
+    assert GPT.from_pretrained(tmp_path).transformer.wte.weight.equal(theirs.transformer.wte.weight)
+
+
+def test_an_output_projection_of_its_own_is_refused(tmp_path):
+    """Where config.json says that it is the embedding, and the file holds another one."""
+    theirs = save_random_gpt2(tmp_path)
+    add_weights(tmp_path, lm_head__weight=torch.randn(101, 48))
+    loaded = type(theirs).from_pretrained(tmp_path)
+    if loaded.lm_head.weight.equal(loaded.transformer.wte.weight):
+        pytest.skip("this transformers makes one of the two, as config.json says")
+    with pytest.raises(UserError, match="lm_head and wte differ"):
+        GPT.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("rename", "message"),
     [

@@ -301,7 +301,8 @@ def test_a_kill_between_any_two_renames_loses_nothing(tmp_path, monkeypatch, cal
     with pytest.raises(Killed):
         build(tmp_path / "killed", source, **flags)
     monkeypatch.undo()
-    (tmp_path / "killed" / ".edufineweb_train_000009.npy.tmp").write_bytes(b"half")
+    for name in (".edufineweb_train_000009.npy.tmp", ".manifest.json.tmp", ".probe.77.tmp"):
+        (tmp_path / "killed" / name).write_bytes(b"half")
     (tmp_path / "killed" / ".notes.tmp").write_text("somebody else's")
     assert build(tmp_path / "killed", source, **flags) == 0
     assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
@@ -332,6 +333,14 @@ def test_a_complete_build_has_nothing_to_do_and_other_settings_are_refused(tmp_p
     assert before == checksums(tmp_path / "whole")
 
 
+def test_a_folder_that_somebody_elses_lock_is_in_is_two_lines(tmp_path):
+    """A lock that cannot be opened, as that of another user."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(3))
+    (tmp_path / "out" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write to output dir .*: Is a directory"):
+        build(tmp_path / "out", source)
+
+
 def test_a_shard_that_no_manifest_names_is_no_part_of_a_finished_build(tmp_path):
     """A kill before the manifest is saved leaves one: it is written anew, or refused where nothing is."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
@@ -345,8 +354,13 @@ def test_a_shard_that_no_manifest_names_is_no_part_of_a_finished_build(tmp_path)
         lambda: build(out, source, **flags, **{"max-shards": 2}),
         lambda: main(["--verify", "--output-dir", str(out)]),
     ):
-        with pytest.raises(UserError, match="edufineweb_train_000002.npy is not in manifest.json"):
+        with pytest.raises(UserError, match="edufineweb_train_000002.npy is not in manifest.json") as caught:
             again()
+        assert "run the build again" in caught.value.hint
+    with open(out / "edufineweb_train_000001.npy", "ab") as damaged:
+        damaged.write(b"x")
+    with pytest.raises(UserError, match="damaged are 1 of 2 shards: edufineweb_train_000001.npy"):
+        main(["--verify", "--output-dir", str(out)])
     build(out, source, **flags, **{"max-shards": 3})
     assert checksums(out) == before
 
@@ -360,7 +374,7 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert build(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", make_documents(5))) == 0
-    assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_verify_names_damaged_shards_and_the_next_build_mends_them(tmp_path, capsys):

@@ -128,8 +128,11 @@ def load_examples(
         say: is given one line about the file.
 
     Raises:
-        UserError: the file is not there and cannot be had, or a row is malformed.
+        UserError: the file is not there and cannot be had, a row is malformed, or the block has no room for a
+            token and one before it.
     """
+    if block_size < 2:
+        raise UserError(f"HellaSwag needs a block of 2 tokens (found {block_size})", "give another model")
     dist = dist or Distributed(torch.device("cpu"))
     directory = choose_directory(directory)
     if dist.local_rank == 0:

@@ -113,10 +113,10 @@ class Manifest:
         known = {shard["name"] for shard in self.shards} | ({self.next_name()} if goes_on else set())
         for path in find_shards(self.folder, "val") + find_shards(self.folder, "train"):
             if path.name not in known:
-                raise UserError(
-                    f"{path} is not in {FILE_NAME}",
-                    "move it away, or use another --output-dir for this build",
-                )
+                hint = "move it away, or use another --output-dir for this build"
+                if path.name == self.next_name():
+                    hint = "run the build again if it was killed: it writes the file anew; else move it away"
+                raise UserError(f"{path} is not in {FILE_NAME}", hint)
 
     def missing(self) -> Iterator[int]:
         """Numbers of recorded shards that are not on the disk, or not with their size."""

@@ -39,11 +39,14 @@ def load_gpt2_weights(name_or_dir: str, known: dict) -> tuple[dict, dict[str, Te
             f"unknown model {name_or_dir!r}; choose {', '.join(known)}",
             "or give a folder that save_pretrained of transformers wrote",
         )
-    source = _load_with_transformers(
+    source, found = _load_with_transformers(
         name_or_dir if is_folder or "/" in name_or_dir else f"openai-community/{name_or_dir}"
     )
     config = source.config
-    _check_is_plain_gpt2(config, name_or_dir)
+    _check_is_plain_gpt2(config, name_or_dir)  # first: another kind of model has other weights, too
+    _check_all_weights_found(found, name_or_dir)
+    if not source.lm_head.weight.equal(source.transformer.wte.weight):
+        raise UserError(f"{name_or_dir}: lm_head and wte differ (expected one tensor)", "give a GPT-2 model")
     state_dict = {}
     for name, tensor in source.state_dict().items():
         if not name.endswith(CAUSAL_MASKS):
@@ -79,7 +82,8 @@ def tokenizer_state_of(name_or_dir: str) -> dict:
     return {"name": "char", "characters": characters}
 
 
-def _load_with_transformers(source: str):
+def _load_with_transformers(source: str) -> tuple:
+    """(GPT2LMHeadModel, which weights were missing in its files, unexpected or of another size)."""
     try:
         import transformers
     except ImportError as error:
@@ -115,11 +119,10 @@ def _load_with_transformers(source: str):
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    _check_all_weights_found(found, source)
-    return model
+    return model, found
 
 
-def _check_all_weights_found(found: dict, source: str) -> None:
+def _check_all_weights_found(found: dict, name_or_dir: str) -> None:
     """Raises UserError if a file and its config.json differ: transformers makes up what is missing."""
     tied = ("lm_head.weight",)  # to the embedding, so files need not hold it
     wrong = [
@@ -127,11 +130,12 @@ def _check_all_weights_found(found: dict, source: str) -> None:
         for kind in ("missing", "unexpected", "mismatched")
         for name in sorted(map(str, found[f"{kind}_keys"]))
         if not name.endswith((*CAUSAL_MASKS, *tied))
+        and not (kind == "unexpected" and "head." in name)  # one more head changes no logits
     ]
     if wrong:
         first = ", ".join(wrong[:3])
         raise UserError(
-            f"{source} does not hold the weights of its config.json: {len(wrong)} differ ({first})",
+            f"{name_or_dir} does not hold the weights of its config.json: {len(wrong)} differ ({first})",
             "copy the folder once more, or export the model again with save_pretrained",
         )
 
@@ -178,5 +182,5 @@ class FolderTokenizer:
 
     def is_gpt2(self) -> bool:
         """Whether it makes of a text what GPT-2's BPE makes of it; it may have words of its own besides."""
-        probe = "The cats' 1,234 naïve  owners\nain't here: \u2014 日本 [step]"
+        probe = "The cats' 1,234 naïve  owners\nain't here: \u2014 日本 [step] [header] [title]"
         return np.array_equal(self.encode(probe), GPT2Tokenizer().encode(probe))

@@ -65,6 +65,10 @@ def check_numbers(folder: Path) -> None:
         raise UserError(
             f"{folder}: {unnumbered[0]} has no number, other shards have", "if it is a copy, move it away"
         )
+    names = {path.name for path in paths}
+    copies = [name for name in sorted(names) if re.sub(r" \d+\.npy$", ".npy", name) in names - {name}]
+    if copies:
+        raise UserError(f"{folder}: {copies[0]} is a copy of another shard", "move it away")
     numbers = sorted({number for number in map(shard_number, paths) if number is not None})
     for before, after in zip(numbers, numbers[1:]):
         if after != before + 1:
@@ -134,10 +138,10 @@ def unfinished_name(path: Path) -> Path:
 
 
 def remove_unfinished(folder: Path) -> list[str]:
-    """Deletes what a killed build left under `unfinished_name`s, and returns those names."""
+    """Deletes what a killed build left, and returns the names."""
     names = []
     for pattern in UNFINISHED:
         for path in sorted(folder.glob(pattern)):
-            path.unlink()
+            path.unlink(missing_ok=True)  # a probe goes when its build has made it
             names.append(path.name)
     return names
