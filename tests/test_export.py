@@ -12,6 +12,7 @@ from tests.conftest import run, tiny_model
 from utils import export_hf
 from utils.checkpoint import model_content, save_pair
 from utils.errors import Unfinished, UserError
+from utils.pretrained import tokenizer_state_of
 from utils.tokenizer import GPT2Tokenizer
 
 IDX = torch.tensor([[50256, 1, 2, 3, 50000, 5, 6, 7]])
@@ -73,6 +74,16 @@ def test_autotokenizer_reads_as_we_do(exported):
     assert tokenizer.decode(ids) == text
     assert tokenizer("<|endoftext|>")["input_ids"] == [50256] == [tokenizer.eos_token_id]
     assert len(tokenizer) == 50257
+
+
+@pytest.mark.parametrize(("word", "name"), [("[PAD]", "gpt2"), ("[header]", "folder")])
+def test_words_added_to_gpt2s_count_where_text_has_them(word, name, exported, tmp_path):
+    """One for padding leaves the folder GPT-2's; a mark of WikiHow's makes other ids of HellaSwag."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported[1])
+    tokenizer.add_tokens([word])
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_state_of(tmp_path) == {"name": name}
 
 
 def test_the_command_says_what_it_made_and_checked(exported):
