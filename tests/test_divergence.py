@@ -97,7 +97,7 @@ def test_broken_weights_are_no_start(text_file, tmp_path):
     start = ("--init-from", str(tmp_path / "nan.pt"), *flags)
     with pytest.raises(Diverged, match="non-finite val loss at step 0") as caught:
         train_gpt.main(small_args(text_file, tmp_path / "b", *start))
-    assert "give --init-from others" in caught.value.hint
+    assert "give --init-from other weights" in caught.value.hint
     with pytest.raises(UserError, match="nan.pt: val loss nan"):
         train_gpt.main(small_args(text_file, tmp_path / "b", *start, "--eval-only"))
 

@@ -76,7 +76,7 @@ def stop_if_not_finite(val_loss: float, step: int, log_dir: Path) -> None:
         good = newest_model_file(log_dir) or "none yet"
         hint = f"lower --max-lr, then --resume; last good checkpoint: {good}"
         if step == 0:
-            hint = "the weights it starts from are broken: give --init-from others"
+            hint = "use --dtype float32, or give --init-from other weights"
         raise Diverged(f"non-finite val loss at step {step}", hint)
 
 

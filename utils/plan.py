@@ -115,7 +115,8 @@ def checkpoints_line(run, there: int = 0) -> str:
 
 def space_warning(run) -> list[str]:
     """The line above if the checkpoints will not fit beside those of the resumed run, else nothing."""
-    line = checkpoints_line(run, sum(path.stat().st_size for path in run.args.log_dir.glob("*_*.pt")))
+    there = (path for name in ("model", "optimizer") for path in run.args.log_dir.glob(f"{name}_*.pt"))
+    line = checkpoints_line(run, sum(path.stat().st_size for path in there))
     return [line] if line.startswith("warning") else []
 
 
