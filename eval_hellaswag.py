@@ -33,6 +33,7 @@ from utils.distributed import Distributed, environment_local_rank
 from utils.errors import UserError, run_script
 from utils.hellaswag_data import NUM_ENDINGS, choose_directory, find_or_download, read_rows
 from utils.hellaswag_examples import Example, choose_tokenizer, crop_rows, load_examples, tokenize
+from utils.products import linear
 from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, peak_memory_bytes
 from utils.tokenizer import GPT2Tokenizer
 
@@ -169,7 +170,7 @@ def tree_mask(owners: Tensor) -> Tensor:
 
 
 def log_normalizers(hidden: Tensor, weight: Tensor) -> Tensor:
-    """log of the sum of exp(logits) over all words, (U,) float32, in blocks of words that share one buffer.
+    """log of the sum of exp(logits) over all words, (U,) float32, a block of words at a time.
 
     Args:
         hidden: (U, C).
@@ -177,19 +178,13 @@ def log_normalizers(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     U, V = len(hidden), len(weight)
     words = min(V, max(256, LOGITS_AT_ONCE.get(weight.device.type, 1 << 22) // U // 64 * 64))
-    buffer = hidden.new_empty(U * words)
-    in_place = hidden.dtype == torch.float32
-    log_probs_buffer = buffer if in_place else torch.empty_like(buffer, dtype=torch.float32)
     blocks = weight.split(words)
     parts = torch.empty(U, len(blocks), device=hidden.device)
     for number, block in enumerate(blocks):
-        logits = buffer[: U * len(block)].view(U, len(block))
-        log_probs = log_probs_buffer[: U * len(block)].view(U, len(block))
-        torch.mm(hidden, block.t(), out=logits)
-        first = logits[:, 0].float()  # log_softmax(x) is x - normalizer: one column tells it
-        first = first.clone() if in_place else first
-        torch.log_softmax(logits, dim=1, dtype=torch.float32, out=log_probs)
-        parts[:, number] = first - log_probs[:, 0]
+        logits = linear(hidden, block).float()  # (U, words)
+        first = logits[:, 0].clone()  # log_softmax(x) is x - normalizer: one column tells it
+        torch.log_softmax(logits, dim=1, out=logits)
+        parts[:, number] = first - logits[:, 0]
     return parts.logsumexp(dim=1)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils.errors import UserError
-from utils.few_rows import Linear
+from utils.products import Linear
 from utils.fused_loss import fused_cross_entropy
 
 PRETRAINED_CONFIGS = {

@@ -21,7 +21,7 @@ import torch
 from eval_hellaswag import evaluate_hellaswag
 from generate import sample_texts
 from gpt_model import GPT, GPTConfig
-from utils import distributed, micro_batch, on_track, plan, resume, run_dir, runtime, train_flags
+from utils import distributed, micro_batch, on_track, plan, products, resume, run_dir, runtime, train_flags
 from utils.checkpoint import newest_model_file
 from utils.data_loader import WindowLoader
 from utils.datasets import choose_source, choose_tokenizer, fetch, open_streams
@@ -266,6 +266,8 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     compiles = runtime.choose_compile(args.compile, dist.device)
     numerics = runtime.set_numerics(args.seed, args.deterministic)
+    if dist.device.type == "cpu":
+        numerics = f"{products.described()}; {numerics}"
     model, tokenizer, train_stream, val_stream, why = load_model_and_data(args, dist)
     torch.manual_seed(args.seed + dist.rank)  # weights are alike on all ranks, later draws are not
     if args.micro_batch == "auto":

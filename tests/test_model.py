@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from gpt_model import GPT, PRETRAINED_CONFIGS, GPTConfig, KeyValueCache, sample_token
 from tests.conftest import tiny_config, tiny_model
 from utils.errors import UserError
-from utils.few_rows import MAX_ROWS, Linear
 
 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(50257, 124_439_808), (50304, 124_475_904)])
@@ -353,34 +352,3 @@ def test_sampling_works_under_autocast_and_at_tiny_temperatures():
         assert model.generate(prompt, 4).shape == (1, 8)
     greedy = model.generate(prompt, 6, temperature=0.0)
     assert torch.equal(model.generate(prompt, 6, temperature=1e-39), greedy)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("out_features", [3, 48, 57])
-def test_few_rows_are_multiplied_to_the_same_numbers(out_features, bias):
-    """As nn.Linear to rounding, for any rows and uneven parts; with gradients bit for bit."""
-    torch.manual_seed(0)
-    layer, reference = Linear(24, out_features, bias=bias), torch.nn.Linear(24, out_features, bias=bias)
-    reference.load_state_dict(layer.state_dict())
-    for shape in [(1, 1, 24), (2, 24), (MAX_ROWS, 1, 24), (2, 2, 24), (MAX_ROWS + 1, 24), (24,)]:
-        x = torch.randn(shape)
-        assert torch.equal(layer(x), reference(x))
-        with torch.no_grad():
-            found, expected = layer(x), reference(x)
-            assert found.shape == expected.shape and (found - expected).abs().max() < 1e-6
-            with torch.autocast("cpu", torch.bfloat16):
-                low = layer(x)
-                assert low.dtype == reference(x).dtype and (low - expected).abs().max() < 0.02  # 8 bits
-
-
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="other libraries multiply few rows well")
-def test_few_rows_take_the_other_way(monkeypatch):
-    """Up to MAX_ROWS texts go through the batch of products in every layer, one more does not."""
-    calls, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda *a: calls.append(a) or bmm(*a))
-    model = tiny_model()
-    for rows, expected in ((1, 9), (MAX_ROWS, 9), (MAX_ROWS + 1, 0)):
-        calls.clear()
-        with torch.no_grad():
-            model(torch.zeros(rows, 1, dtype=torch.int64))
-        assert len(calls) == expected  # four products in each of two layers, and the words

@@ -1,8 +1,8 @@
 """The language model's loss without the (B*T, V) logits.
 
 At 64 x 1024 tokens and 50304 words the logits alone are 13 GB, their softmax and its gradient as much again.
-Here some rows at a time go through projection, softmax, loss *and* gradient, in one buffer that every chunk
-reuses, and only the gradients of the hidden states and of the weight are kept. The result is that of
+Here some rows at a time go through projection, softmax, loss *and* gradient, then the next ones in the same
+memory, and only the gradients of the hidden states and of the weight are kept. The result is that of
 `F.cross_entropy(hidden @ weight.T, targets)`.
 
 Shapes: N rows (B*T tokens), C channels, V vocabulary, R rows of a chunk.
@@ -15,11 +15,13 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
+from utils.products import add_product, compute_dtype, linear
+
 IGNORE_INDEX = -100  # F.cross_entropy's default: a row with this target counts for nothing
 
 # Rows of logits that exist at one time. Fewer make the matrix products less efficient, more take memory:
-# 1024 x 50304 floats are 206 MB. A GPU needs larger products to be busy.
-CHUNK_ROWS = {"cpu": 1024, "cuda": 8192}
+# 512 x 50304 floats are 103 MB. A GPU needs larger products to be busy.
+CHUNK_ROWS = {"cpu": 512, "cuda": 8192}
 
 
 def fused_cross_entropy(
@@ -39,7 +41,7 @@ def fused_cross_entropy(
     # Asked here, because inside an autograd function grad mode is always off and needs_input_grad is True
     # under no_grad.
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _eager_loss(hidden, weight, targets, _compute_dtype(hidden), chunk_rows)
+        return _eager_loss(hidden, weight, targets, compute_dtype(hidden), chunk_rows)
     counted = (targets != IGNORE_INDEX).sum()
     return cross_entropy_rows(hidden, weight, targets, chunk_rows).sum() / counted
 
@@ -50,8 +52,10 @@ def cross_entropy_rows(
 ) -> Tensor:
     """Cross-entropy of every row, (N,) float32 in nats, without gradients; zero for IGNORE_INDEX."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for rows, chunk_losses, _, _ in _chunks(hidden, weight, targets, _compute_dtype(hidden), chunk_rows):
-        losses[rows] = chunk_losses
+    dtype = compute_dtype(hidden)
+    low_weight = weight.to(dtype)
+    for rows in _chunks(hidden, chunk_rows):
+        losses[rows] = _losses(hidden[rows].to(dtype), low_weight, targets[rows])[0]
     return losses
 
 
@@ -59,32 +63,19 @@ class _FusedCrossEntropy(torch.autograd.Function):
     """Forward computes the loss and both gradients of the *sum* of losses; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, compute_dtype, chunk_rows):
+    def forward(ctx, hidden, weight, targets, dtype, chunk_rows):
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden, dtype=compute_dtype)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # fp32: the sum runs over all chunks
-        low_weight = weight.to(compute_dtype)  # cast once a call, not once a chunk
-        counts = targets != IGNORE_INDEX  # (N,)
-        for rows, chunk_losses, probs, logits in _chunks(
-            hidden, low_weight, targets, compute_dtype, chunk_rows
-        ):
-            losses[rows] = chunk_losses
-            # d(sum of losses)/d(logits) = softmax - onehot, unscaled: divided by N = 65,536 rows it would
-            # vanish in fp16.
-            probs[torch.arange(len(probs), device=hidden.device), targets[rows].clamp(min=0)] -= 1
-            grad_logits = probs if probs.dtype == compute_dtype else logits.copy_(probs)
-            # Ignored rows are zeroed in the (R, C) operands, not in the (R, V) one.
-            counting = counts[rows].unsqueeze(1)
-            torch.mm(grad_logits, low_weight, out=grad_hidden[rows]).mul_(counting)
-            counted_hidden = hidden[rows].to(compute_dtype) * counting
-            if compute_dtype == torch.float32:
-                grad_weight.addmm_(grad_logits.t(), counted_hidden)
-            else:
-                # A product of thousands of rows may leave fp16's range, before any scaler sees it.
-                shrink = 64 if compute_dtype == torch.float16 else 1
-                grad_weight.add_(grad_logits.t() @ (counted_hidden / shrink), alpha=shrink)
-        num_counted = counts.sum()
-        ctx.save_for_backward(grad_hidden, grad_weight, num_counted)
+        grad_hidden = torch.empty_like(hidden, dtype=dtype)
+        # Transposed, (C, V), as oneDNN makes it fastest; fp32, because the sum runs over all chunks.
+        grad_weight = torch.zeros(weight.shape[::-1], dtype=torch.float32, device=weight.device)
+        low_weight = weight.to(dtype)  # cast once a call, not once a chunk
+        for rows in _chunks(hidden, chunk_rows):
+            low_hidden = hidden[rows].to(dtype)
+            losses[rows] = _add_gradients(
+                low_hidden, low_weight, targets[rows], grad_hidden[rows], grad_weight
+            )
+        num_counted = (targets != IGNORE_INDEX).sum()
+        ctx.save_for_backward(grad_hidden, grad_weight.t().contiguous(), num_counted)
         ctx.dtypes = hidden.dtype, weight.dtype
         return losses.sum() / num_counted
 
@@ -114,48 +105,52 @@ def _outside_graphs(function: Callable) -> Callable:
 
 
 @_outside_graphs  # traced, the loop would be unrolled, and each chunk would have a buffer of its own
-def _eager_loss(hidden, weight, targets, compute_dtype, chunk_rows):
-    return _FusedCrossEntropy.apply(hidden, weight, targets, compute_dtype, chunk_rows)
+def _eager_loss(hidden, weight, targets, dtype, chunk_rows):
+    return _FusedCrossEntropy.apply(hidden, weight, targets, dtype, chunk_rows)
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor, targets: Tensor, compute_dtype: torch.dtype, chunk_rows: int | None
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yields for each chunk of rows (rows, losses (R,), probabilities (R, V) float32, scratch (R, V)).
+def _chunks(hidden: Tensor, chunk_rows: int | None) -> Iterator[slice]:
+    """The rows of `hidden` (N, C), some at a time."""
+    N = len(hidden)
+    R = chunk_rows or CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cpu"])
+    return (slice(start, min(start + R, N)) for start in range(0, N, R))
 
-    A loss is -log p(target), zero for ignored rows. The scratch is of the compute dtype; it and the
-    probabilities are views of buffers that the next chunk overwrites, in float32 one and the same buffer.
+
+def _add_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, grad_hidden: Tensor, grad_weight: Tensor
+) -> Tensor:
+    """Losses (R,) of a chunk; writes the gradient of their sum to `grad_hidden`, adds it to `grad_weight`.
+
+    The (R, V) tensors end with this call, so that the next chunk gets their memory.
     """
-    N, V = len(targets), weight.size(0)
-    R = min(N, chunk_rows or CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cpu"]))
-    logits_buffer = torch.empty(R, V, dtype=compute_dtype, device=hidden.device)
-    in_place = compute_dtype == torch.float32
-    probs_buffer = logits_buffer if in_place else torch.empty(R, V, dtype=torch.float32, device=hidden.device)
-    weight = weight.to(compute_dtype)
-    for start in range(0, N, R):
-        rows = slice(start, min(start + R, N))
-        logits, probs = logits_buffer[: rows.stop - start], probs_buffer[: rows.stop - start]
-        torch.mm(hidden[rows].to(compute_dtype), weight.t(), out=logits)
-        highest = logits.amax(dim=1).float()  # (R,)
-        of_target = logits.gather(1, targets[rows].clamp(min=0).unsqueeze(1)).squeeze(1).float()  # (R,)
-        if not in_place:
-            probs.copy_(logits)
-        torch.softmax(probs, dim=1, out=probs)  # has read each number for the last time when it writes it
-        # By way of the likeliest word, whose probability cannot vanish as the target's can: as exact as
-        # log_softmax, and without its exponential, which would be one more pass over the buffer.
-        losses = (highest - of_target) - probs.amax(dim=1).log()
-        yield rows, losses.masked_fill_(targets[rows] == IGNORE_INDEX, 0.0), probs, logits
+    losses, probs, logits = _losses(hidden, weight, targets)
+    # d(sum of losses)/d(logits) = softmax - onehot, unscaled: divided by N = 65,536 rows it would vanish in
+    # fp16.
+    probs[torch.arange(len(probs), device=hidden.device), targets.clamp(min=0)] -= 1
+    grad_logits = probs if probs is logits else logits.copy_(probs)
+    # Ignored rows are zeroed in the (R, C) operands, not in the (R, V) one.
+    counting = (targets != IGNORE_INDEX).unsqueeze(1)
+    torch.mul(linear(grad_logits, weight.t()), counting, out=grad_hidden)
+    if hidden.dtype == torch.float32:
+        add_product(grad_weight, (hidden * counting).t(), grad_logits)
+    else:
+        # A product of thousands of rows may leave fp16's range, before any scaler sees it.
+        shrink = 64 if hidden.dtype == torch.float16 else 1
+        grad_weight.add_((hidden * counting / shrink).t() @ grad_logits, alpha=shrink)
+    return losses
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype a linear layer would compute in here: autocast's where it is on, else its input's."""
-    device_type = hidden.device.type
-    if hasattr(torch, "get_autocast_dtype"):  # torch >= 2.4
-        return (
-            torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
-        )
-    if device_type == "cuda" and torch.is_autocast_enabled():
-        return torch.get_autocast_gpu_dtype()
-    if device_type == "cpu" and torch.is_autocast_cpu_enabled():
-        return torch.get_autocast_cpu_dtype()
-    return hidden.dtype
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses (R,) float32, probabilities (R, V) float32, logits (R, V)) of a chunk.
+
+    A loss is -log p(target), zero for ignored rows. In float32 the probabilities overwrite the logits.
+    """
+    logits = linear(hidden, weight)
+    highest = logits.amax(dim=1).float()  # (R,)
+    of_target = logits.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1).float()  # (R,)
+    probs = logits.float()
+    torch.softmax(probs, dim=1, out=probs)  # has read each number for the last time when it writes it
+    # By way of the likeliest word, whose probability cannot vanish as the target's can: as exact as
+    # log_softmax, and without its exponential, which would be one more pass over the (R, V) numbers.
+    losses = (highest - of_target) - probs.amax(dim=1).log()
+    return losses.masked_fill_(targets == IGNORE_INDEX, 0.0), probs, logits

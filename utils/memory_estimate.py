@@ -98,9 +98,9 @@ def loss_bytes(config: Any, num_rows: int, itemsize: int, device_type: str) -> i
     rows = min(num_rows, CHUNK_ROWS.get(device_type, CHUNK_ROWS["cpu"]))
     weight = config.vocab_size * config.n_embd  # numbers in the output projection
     total = rows * config.vocab_size * FLOAT32 + weight * FLOAT32 + num_rows * config.n_embd * itemsize
+    if device_type == "cpu":  # where a whole product in float32 exists before it is added
+        total += weight * FLOAT32
     if itemsize < FLOAT32:
         # A second buffer in the low dtype, the weight in it, and a product before it is added in float32.
         total += (rows * config.vocab_size + 2 * weight) * itemsize
-        if device_type == "cpu":  # which converts the whole product before it adds
-            total += weight * FLOAT32
     return total

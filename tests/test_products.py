@@ -1,0 +1,135 @@
+"""Matrix products by another library or in parts: the numbers of nn.Linear, and taken where they should be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conftest import tiny_model
+from utils import products
+from utils.products import FEW_ROWS, Linear
+
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
+needs_onednn = pytest.mark.skipif(not products.onednn_is_here(), reason="this PyTorch has no oneDNN")
+SHAPES = [(1, 1, 24), (2, 24), (FEW_ROWS, 1, 24), (2, 2, 24), (FEW_ROWS + 1, 24), (3, 5, 24), (24,)]
+
+
+def twins(out_features: int, bias: bool) -> tuple[Linear, torch.nn.Linear]:
+    """Our layer and PyTorch's, of the same weights."""
+    torch.manual_seed(0)
+    ours, reference = Linear(24, out_features, bias=bias), torch.nn.Linear(24, out_features, bias=bias)
+    reference.load_state_dict(ours.state_dict())
+    return ours, reference
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["PyTorch's", "oneDNN"])
+def onednn(request, monkeypatch) -> bool:
+    """Every test of it runs as on a processor where oneDNN is slower, and as on one where it is faster."""
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("out_features", [3, 48, 57])
+def test_values_are_those_of_a_linear_layer(out_features, bias, onednn):
+    """To rounding, for any shape and uneven parts, without gradients and under autocast."""
+    layer, reference = twins(out_features, bias)
+    for shape in SHAPES:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            found, expected = layer(x), reference(x)
+            assert found.shape == expected.shape and (found - expected).abs().max() < 1e-6
+            with torch.autocast("cpu", torch.bfloat16):
+                low = layer(x)
+                assert low.dtype == reference(x).dtype and (low - expected).abs().max() < 0.02  # 8 bits
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", ["nothing", "input", "weight"])
+def test_gradients_are_those_of_a_linear_layer(frozen, bias, onednn):
+    """Of input, weight and bias: to rounding by oneDNN, bit for bit otherwise; none for what is frozen."""
+    layer, reference = twins(57, bias)
+    for shape in SHAPES:
+        gradients = []
+        for module in (layer, reference):
+            torch.manual_seed(1)
+            x = torch.randn(shape, requires_grad=frozen != "input")
+            module.weight.requires_grad_(frozen != "weight")
+            module.zero_grad(set_to_none=True)
+            y = module(x)
+            (y * torch.randn(y.shape)).sum().backward()
+            gradients.append([y.detach(), x.grad, *(p.grad for p in module.parameters())])
+        for found, expected in zip(*gradients):
+            assert (found is None) == (expected is None)
+            if found is not None and onednn:
+                assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5
+            elif found is not None:
+                assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("M", [2, 40])
+def test_a_product_is_added(M, onednn):
+    """total + a @ b, whatever the strides of a and b."""
+    torch.manual_seed(0)
+    total, a, b = torch.randn(M, 11), torch.randn(7, M).t(), torch.randn(7, 11)
+    expected = total + a @ b
+    products.add_product(total, a, b)
+    assert (total - expected).abs().max() < 1e-5
+
+
+@needs_onednn
+def test_onednn_is_used_where_it_is_faster_and_nowhere_else(monkeypatch):
+    """Not in another dtype, under autocast, where PyTorch's switch is off, or where MKL is as fast."""
+    float32, float64 = torch.randn(8, 8), torch.randn(8, 8, dtype=torch.float64)
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    assert products.onednn_is_faster(float32, float32) and "oneDNN" in products.described()
+    assert not products.onednn_is_faster(float64, float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not products.onednn_is_faster(float32, float32)
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert not products.onednn_is_faster(float32, float32) and "oneDNN" not in products.described()
+    finally:
+        torch.backends.mkldnn.enabled = True
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: False)
+    assert not products.onednn_is_faster(float32, float32)
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "expected"),
+    [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],
+)
+def test_mkl_is_slow_on_amd_with_avx512(maker, capability, expected, monkeypatch):
+    """What the processor says of itself, and what PyTorch says of it."""
+    monkeypatch.setattr(products.Path, "read_text", lambda self: f"vendor_id : {maker}\n")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert products.mkl_is_slow.__wrapped__() is expected
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert products.mkl_is_slow.__wrapped__() is False
+
+
+@needs_mkl
+def test_few_rows_take_the_other_way(monkeypatch):
+    """Up to FEW_ROWS texts go through the batch of products in every layer, one more does not."""
+    calls, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *a: calls.append(a) or bmm(*a))
+    model = tiny_model()
+    for rows, expected in ((1, 9), (FEW_ROWS, 9), (FEW_ROWS + 1, 0)):
+        calls.clear()
+        with torch.no_grad():
+            model(torch.zeros(rows, 1, dtype=torch.int64))
+        assert len(calls) == expected  # four products in each of two layers, and the words
+
+
+@needs_onednn
+def test_every_product_of_a_training_step_is_onednns(monkeypatch):
+    """Forward and backward: three products in each of nine layers, the output layer's among them."""
+    monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
+    model = tiny_model().train()
+    idx, targets = torch.randint(97, (2, 4, 16))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(idx, targets, return_logits=False)[1].backward()
+    count = {event.key: event.count for event in profile.key_averages()}
+    assert count["mkldnn::_linear_pointwise"] == 3 * 9
+    assert not {"aten::addmm", "aten::mm", "aten::linear"} & set(count)
