@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils.errors import UserError
-from utils.products import Linear
 from utils.fused_loss import fused_cross_entropy
+from utils.products import Linear
 
 PRETRAINED_CONFIGS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters

@@ -1,4 +1,4 @@
-"""Matrix products by another library or in parts: the numbers of nn.Linear, and taken where they should be."""
+"""Matrix products by another library or in parts: the numbers of nn.Linear, and only where they pay."""
 
 from __future__ import annotations
 

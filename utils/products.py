@@ -1,9 +1,10 @@
 """Matrix products on a CPU, faster than PyTorch makes them by itself.
 
-PyTorch multiplies float32 matrices with Intel's MKL, which is at its best on Intel's processors. Two remedies:
+PyTorch multiplies float32 matrices with Intel's MKL, which is at its best on Intel's processors. Two
+remedies:
 
-- On AMD's, MKL does not use AVX-512. oneDNN does, and PyTorch ships it for its compiled models: measured on two
-  Zen 5 cores, 330 to 520 GFLOP/s instead of 210 to 235.
+- On AMD's, MKL does not use AVX-512. oneDNN does, and PyTorch ships it for its compiled models: measured on
+  two Zen 5 cores, 330 to 520 GFLOP/s instead of 210 to 235.
 - A few rows, as in sampling, take as long to multiply as their weights take to read, and MKL reads with one
   thread. A batch of products, each with a part of the weights, has all threads at work: measured there, 55
   GB/s instead of 18.
