@@ -33,7 +33,7 @@ from utils.corpus import (
 from utils.errors import UserError, run_script
 from utils.hub import HubFiles
 from utils.manifest import FILE_NAME, Manifest
-from utils.shard_builder import cannot_write, must_use_reference, pack, rebuild
+from utils.shard_builder import cannot_write, choose_way, pack, rebuild
 from utils.shard_format import find_shards, remove_unfinished
 from utils.token_feed import TokenQueue, blocks_from, num_cores
 from utils.tokenizer import MERGES_SHA256, GPT2Tokenizer, tiktoken_is_installed
@@ -236,8 +236,8 @@ def build(args: Namespace, source: LocalFiles | HubFiles, manifest: Manifest) ->
 
     @contextlib.contextmanager
     def queue_from(position: Position, documents: int, on_tokens) -> Iterator[TokenQueue]:
-        check = partial(must_use_reference, source, args.text_field, position)
-        blocks = blocks_from(source, args.text_field, position, args.num_workers, check)
+        way = partial(choose_way, source, args.text_field, position)
+        blocks = blocks_from(source, args.text_field, position, args.num_workers, way)
         with contextlib.closing(blocks):
             yield TokenQueue(blocks, position, documents, on_tokens)
 

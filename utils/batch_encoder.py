@@ -6,11 +6,18 @@ of white space from the rest when a word follows. Here those few places are foun
 a character that tiktoken takes for a special token, so that the pattern left over is a plain one. Another
 such character stands between documents, so that a whole part of a corpus is one call which returns an
 array: no Python int is ever made.
+
+Where the package gigatoken is installed, it takes the documents instead: ten times as fast again, and the
+same ids for all characters that both know.
 """
 
 from __future__ import annotations
 
+import tempfile
+import unicodedata
+from base64 import b64encode
 from functools import lru_cache
+from pathlib import Path
 from typing import Sequence
 
 import numpy as np
@@ -78,18 +85,66 @@ def plain_encoding():
     )
 
 
+@lru_cache(maxsize=None)
+def gigatoken_encoding():
+    """gigatoken's tokenizer with GPT-2's merges, or None without that package (0.10 is the one tested)."""
+    try:
+        from gigatoken import Tokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = Path(folder) / "gpt2.tiktoken"  # it reads merges from files only
+            lines = (b64encode(token) + b" %d\n" % rank for token, rank in load_merges().items())
+            ranks.write_bytes(b"".join(lines))
+            return Tokenizer.from_tiktoken(ranks, "gpt2", {})
+    except (ImportError, AttributeError, TypeError, OSError):  # another version's interface; no room
+        return None
+
+
+@lru_cache(maxsize=None)
+def well_known_characters() -> np.ndarray:
+    """By code point, True for what Unicode has had since version 3.2 of 2002; the last entry is False.
+
+    Which characters are letters depends on the version of Unicode that an encoder was built with: gigatoken
+    and tiktoken agree on these, and not on some that are newer.
+    """
+    known = [unicodedata.ucd_3_2_0.category(chr(code)) not in ("Cn", "Cs") for code in range(0x10000)]
+    return np.array([*known, False])
+
+
+def is_well_known(text: str) -> bool:
+    """True if all characters are in `well_known_characters`."""
+    if text.isascii():
+        return True
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    return bool(well_known_characters().take(codes, mode="clip").all())
+
+
+# Ways to the same ids, the fastest first.
+GIGATOKEN, PLAIN_TIKTOKEN, TIKTOKEN = "gigatoken", "tiktoken's batches", "tiktoken"
+
+
+def ways_here() -> list[str]:
+    """Those that can be gone here."""
+    return [*([GIGATOKEN] if gigatoken_encoding() else []), PLAIN_TIKTOKEN, TIKTOKEN]
+
+
 class BatchEncoder:
     """Documents to tokens, each behind an <|endoftext|>.
 
     Args:
-        exact_only: encode every document with `encode_text`, for comparison.
+        way: GIGATOKEN, PLAIN_TIKTOKEN, or TIKTOKEN, with which the others are compared.
     """
 
-    def __init__(self, exact_only: bool = False):
-        self.exact_only = exact_only
+    def __init__(self, way: str = PLAIN_TIKTOKEN):
+        self.way = way
 
     def encode(self, documents: Sequence[str]) -> np.ndarray:
         """Tokens of all documents in order, 1-D uint16, an <|endoftext|> before each."""
+        encode_batch = {
+            GIGATOKEN: self._encode_by_gigatoken,
+            PLAIN_TIKTOKEN: self._encode_marked,
+            TIKTOKEN: self._encode_one_by_one,
+        }[self.way]
         arrays = [np.zeros(0, dtype=np.uint16)]
         batch: list[str] = []
         num_characters = 0
@@ -97,15 +152,23 @@ class BatchEncoder:
             batch.append(document)
             num_characters += len(document)
             if num_characters >= BATCH_CHARACTERS:
-                arrays.append(self._encode_batch(batch))
+                arrays.append(encode_batch(batch))
                 batch, num_characters = [], 0
         if batch:
-            arrays.append(self._encode_batch(batch))
+            arrays.append(encode_batch(batch))
         return np.concatenate(arrays)
 
-    def _encode_batch(self, documents: Sequence[str]) -> np.ndarray:
+    def _encode_by_gigatoken(self, documents: Sequence[str]) -> np.ndarray:
+        encoding, end_of_text = gigatoken_encoding(), np.array([END_OF_TEXT_ID], dtype=np.uint32)
+        arrays = []
+        for document in documents:
+            known = is_well_known(document)
+            arrays += [end_of_text, encoding.encode(document)] if known else [self._encode_marked([document])]
+        return np.concatenate(arrays).astype(np.uint16)
+
+    def _encode_marked(self, documents: Sequence[str]) -> np.ndarray:
         text = DOCUMENT_MARK + DOCUMENT_MARK.join(documents)
-        if self.exact_only or text.count(DOCUMENT_MARK) != len(documents) or CUT_MARK in text:
+        if text.count(DOCUMENT_MARK) != len(documents) or CUT_MARK in text:
             return self._encode_one_by_one(documents)
         try:
             marked = mark_cuts(text)
@@ -126,6 +189,6 @@ class BatchEncoder:
         return np.concatenate(arrays)
 
 
-def agrees_with_reference(documents: Sequence[str]) -> bool:
-    """True if the fast way gives tiktoken's own ids for these documents."""
-    return np.array_equal(BatchEncoder().encode(documents), BatchEncoder(exact_only=True).encode(documents))
+def agrees_with_reference(documents: Sequence[str], way: str = PLAIN_TIKTOKEN) -> bool:
+    """True if a way gives tiktoken's own ids for these documents."""
+    return np.array_equal(BatchEncoder(way).encode(documents), BatchEncoder(TIKTOKEN).encode(documents))

@@ -18,7 +18,7 @@ from typing import Callable, Iterator, NamedTuple
 
 import numpy as np
 
-from utils.batch_encoder import END_OF_TEXT_ID, BatchEncoder, plain_encoding
+from utils.batch_encoder import END_OF_TEXT_ID, PLAIN_TIKTOKEN, BatchEncoder, ways_here
 from utils.corpus import Part, Position, parts_from, read_documents
 from utils.errors import Unfinished, UserError
 
@@ -58,7 +58,7 @@ def tokenize_part(encoder: BatchEncoder, part: Part, text_field: str) -> np.ndar
 def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    plain_encoding()  # the one that every part needs
+    BatchEncoder(ways_here()[0]).encode([""])  # loads what every part needs
 
 
 def _leave_with_parent() -> None:
@@ -67,9 +67,9 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _work(part: Part, text_field: str, exact_only: bool) -> np.ndarray | Failure:
+def _work(part: Part, text_field: str, way: str) -> np.ndarray | Failure:
     try:
-        return tokenize_part(BatchEncoder(exact_only), part, text_field)
+        return tokenize_part(BatchEncoder(way), part, text_field)
     except UserError as error:
         return Failure(str(error), error.hint)
 
@@ -79,14 +79,14 @@ def blocks_from(
     text_field: str,
     position: Position,
     num_workers: int,
-    exact_only: Callable[[], bool] = lambda: False,
+    choose_way: Callable[[], str] = lambda: PLAIN_TIKTOKEN,
 ) -> Iterator[Block]:
     """Tokens of the corpus in order, from the part at `position` on (the caller leaves out `position.skip`).
 
     Args:
         source: LocalFiles or HubFiles.
         num_workers: processes; with 1 this process does the work itself.
-        exact_only: whether to, see BatchEncoder; called once, while the workers start.
+        choose_way: how to encode, see BatchEncoder; called once, while the workers start.
 
     Raises:
         UserError: input that cannot be read.
@@ -94,7 +94,7 @@ def blocks_from(
     """
     parts = parts_from(source, text_field, position)
     if num_workers == 1:
-        encoder = BatchEncoder(exact_only())
+        encoder = BatchEncoder(choose_way())
         for part in parts:
             yield Block(part.file, part.start, part.stop, tokenize_part(encoder, part, text_field))
         return
@@ -103,13 +103,13 @@ def blocks_from(
     try:
         for _ in range(num_workers):
             pool.submit(num_cores)  # any call: a worker starts when there is work for it
-        exact = exact_only()
+        way = choose_way()
         while True:
             while len(waiting) < AHEAD_PER_WORKER * num_workers:
                 part = next(parts, None)
                 if part is None:
                     break
-                waiting.append((part._replace(data=None), pool.submit(_work, part, text_field, exact)))
+                waiting.append((part._replace(data=None), pool.submit(_work, part, text_field, way)))
             if not waiting:
                 return
             part, future = waiting.popleft()

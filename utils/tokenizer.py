@@ -159,6 +159,7 @@ def encode_text(text: str, allow_special: bool = False) -> list[int]:
         ) from error
 
 
+@lru_cache(maxsize=None)
 def load_merges(path: Path = MERGES_PATH) -> dict[bytes, int]:
     """Reads the merge table into bytes -> id. Raises UserError unless its SHA-256 is the published one."""
     try:
