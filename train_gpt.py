@@ -54,7 +54,7 @@ HELLASWAG_EVERY, HELLASWAG_EXAMPLES, HELLASWAG_DIR = 250, None, None  # all of h
 SAMPLE_EVERY, SAMPLE_PROMPT, SAMPLE_TOKENS, NUM_SAMPLES = 250, "Hello, I'm a language model,", 32, 4
 CHECKPOINT_EVERY, KEEP_CHECKPOINTS, KEEP_EVERY = 1000, 2, 5000
 TOKENIZER, SHUFFLE, SEED = "gpt2", "on", 1337
-DIST_TIMEOUT, DRY_RUN_STEPS = 600, 5  # seconds; micro-steps
+DIST_TIMEOUT = 600  # seconds
 LOG_DIR = Path(__file__).resolve().parent / "log"
 
 # fmt: off
@@ -360,27 +360,9 @@ def main(argv: list[str] | None = None) -> int:
             "device": f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}",
         }
         if args.dry_run:
-            return dry_run(set_up(args, dist, StopSignals(dist), reasons), reasons)
+            return plan.dry_run(set_up(args, dist, StopSignals(dist), reasons), reasons)
         with StopSignals(dist) as stop, run_dir.reserved(args.log_dir, dist):
             return run_to_the_end(set_up(args, dist, stop, reasons), reasons)
-
-
-def dry_run(run: Run, reasons: dict[str, str]) -> int:
-    """`--dry-run`: says what the run would be, with the speed of a few real micro-steps; writes nothing."""
-    seconds = []
-    batches = run.train_loader.train_batches(0, run.args.total_batch_tokens // run.args.seq_len)
-    for _ in range(DRY_RUN_STEPS):
-        started = time.perf_counter()
-        with runtime.autocast(run.dist.device, run.dtype):
-            _, loss = run.trained_model(*next(batches), return_logits=False)
-        loss.backward()
-        loss.item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
-    run.optimizer.step()  # its moments are part of what must fit
-    lines = plan.dry_run_lines(run, sorted(seconds)[DRY_RUN_STEPS // 2], run.args.cost_per_hour)
-    if run.dist.is_master:
-        print("\n".join([*plan.describe(run, reasons), *lines]))
-    return 0
 
 
 def report_val_loss(args: Namespace, dist: Distributed) -> int:

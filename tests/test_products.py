@@ -11,7 +11,7 @@ from utils.products import FEW_ROWS, Linear
 
 needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
 needs_onednn = pytest.mark.skipif(not products.onednn_is_here(), reason="this PyTorch has no oneDNN")
-SHAPES = [(1, 1, 24), (2, 24), (FEW_ROWS, 1, 24), (2, 2, 24), (FEW_ROWS + 1, 24), (3, 5, 24), (24,)]
+SHAPES = [(1, 1, 24), (2, 24), (FEW_ROWS, 1, 24), (2, 2, 24), (FEW_ROWS + 1, 24), (3, 5, 24), (24,), (0, 24)]
 
 
 def twins(out_features: int, bias: bool) -> tuple[Linear, torch.nn.Linear]:
@@ -38,10 +38,11 @@ def test_values_are_those_of_a_linear_layer(out_features, bias, onednn):
         x = torch.randn(shape)
         with torch.no_grad():
             found, expected = layer(x), reference(x)
-            assert found.shape == expected.shape and (found - expected).abs().max() < 1e-6
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
             with torch.autocast("cpu", torch.bfloat16):
                 low = layer(x)
-                assert low.dtype == reference(x).dtype and (low - expected).abs().max() < 0.02  # 8 bits
+                assert low.dtype == reference(x).dtype
+                torch.testing.assert_close(low.float(), expected, rtol=0, atol=0.02)  # 8 bits
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -62,9 +63,24 @@ def test_gradients_are_those_of_a_linear_layer(frozen, bias, onednn):
         for found, expected in zip(*gradients):
             assert (found is None) == (expected is None)
             if found is not None and onednn:
-                assert found.shape == expected.shape and (found - expected).abs().max() < 1e-5
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             elif found is not None:
                 assert torch.equal(found, expected)
+
+
+def test_any_strides_will_do(onednn):
+    """Rows that are one row, a column, a slice, a transpose: gradients as of a copy."""
+    layer, _ = twins(57, bias=True)
+    rows = torch.randn(10, 3, 24)
+    views = [rows[:1, 0].expand(10, 24), rows[:, 0, :1].expand(10, 24), rows[:, 1], torch.randn(24, 10).t()]
+    for view in views:
+        results = []
+        for x in (view, view.contiguous()):
+            layer.zero_grad(set_to_none=True)
+            y = layer(x)
+            y.sum().backward()  # of a gradient that is one number
+            results.append([y.detach(), layer.weight.grad, layer.bias.grad])
+        torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("M", [2, 40])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from utils.checkpoint import versions
 from utils.memory_estimate import MemoryEstimate, estimate_memory
 from utils.run_log import format_duration
 
+DRY_RUN_STEPS = 5  # micro-steps
 FORWARD_SHARE = 1 / 3  # of a training token's work: the backward pass takes the other two thirds
 
 
@@ -48,6 +50,29 @@ def record(run, reasons: dict[str, str]) -> dict[str, Any]:
         "reasons": reasons,
         "parameters": run.model.num_parameters(),
     }
+
+
+def dry_run(run, reasons: dict[str, str]) -> int:
+    """`--dry-run`: says what the run would be, with the speed of a few real micro-steps; writes nothing.
+
+    Args:
+        run: the training script's Run.
+        reasons: what was decided, in words.
+    """
+    seconds = []
+    batches = run.train_loader.train_batches(0, run.args.total_batch_tokens // run.args.seq_len)
+    for _ in range(DRY_RUN_STEPS):
+        started = time.perf_counter()
+        with runtime.autocast(run.dist.device, run.dtype):
+            _, loss = run.trained_model(*next(batches), return_logits=False)
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    run.optimizer.step()  # its moments are part of what must fit
+    lines = dry_run_lines(run, sorted(seconds)[DRY_RUN_STEPS // 2], run.args.cost_per_hour)
+    if run.dist.is_master:
+        print("\n".join([*describe(run, reasons), *lines]))
+    return 0
 
 
 def dry_run_lines(run, seconds_per_micro_step: float, cost_per_hour: float | None = None) -> list[str]:

@@ -94,8 +94,11 @@ def _linear_in_parts(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def onednn_is_faster(a: Tensor, b: Tensor) -> bool:
     """Whether oneDNN can multiply a and b here, and is the faster one."""
-    plain = a.device.type == "cpu" and a.dtype == b.dtype == compute_dtype(a) == torch.float32
-    return plain and torch.backends.mkldnn.enabled and onednn_is_here() and mkl_is_slow()
+    if a.device.type != "cpu" or not a.dtype == b.dtype == compute_dtype(a) == torch.float32:
+        return False
+    if a.numel() == 0 or b.numel() == 0:  # oneDNN refuses some of these
+        return False
+    return torch.backends.mkldnn.enabled and onednn_is_here() and mkl_is_slow()
 
 
 @lru_cache(maxsize=None)
@@ -136,6 +139,6 @@ def is_compiling() -> bool:
 
 def described() -> str:
     """Who multiplies float32 matrices on this CPU, and why, in words for the console."""
-    if onednn_is_faster(torch.empty(0), torch.empty(0)):
+    if onednn_is_faster(torch.ones(1, 1), torch.ones(1, 1)):
         return "products by oneDNN (MKL has no AVX-512 for AMD)"
     return "products as PyTorch makes them"
