@@ -83,6 +83,19 @@ def test_any_strides_will_do(onednn):
         torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
+def test_gradients_of_gradients(onednn):
+    """Second derivatives, as a Hessian's product with a vector needs them."""
+    layer, reference = twins(57, bias=True)
+    x = torch.randn(10, 24)
+    results = []
+    for module in (layer, reference):
+        parameters = list(module.parameters())
+        gradients = torch.autograd.grad(module(x).tanh().square().sum(), parameters, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), parameters))
+    for found, expected in zip(*results):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("M", [2, 40])
 def test_a_product_is_added(M, onednn):
     """total + a @ b, whatever the strides of a and b."""

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 FEW_ROWS = 4  # texts that are sampled together; with eight, parts gain nothing
@@ -63,7 +62,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """`linear` with its gradients."""
+    """`linear` with its gradients, which are such products themselves and so have gradients, too."""
 
     @staticmethod
     def forward(ctx, rows, weight, bias):
@@ -71,12 +70,12 @@ class _OneDNNLinear(torch.autograd.Function):
         return linear(rows, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):  # (R, K)
         rows, weight = ctx.saved_tensors
         needs_rows, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_rows = linear(grad, weight.t()) if needs_rows else None  # (R, C)
-        grad_weight = linear(grad.t(), rows.t()) if needs_weight else None  # (K, C)
+        product = _OneDNNLinear.apply
+        grad_rows = product(grad, weight.t(), None) if needs_rows else None  # (R, C)
+        grad_weight = product(grad.t(), rows.t(), None) if needs_weight else None  # (K, C)
         return grad_rows, grad_weight, grad.sum(dim=0) if needs_bias else None
 
 
@@ -110,14 +109,13 @@ def onednn_is_here() -> bool:
 @lru_cache(maxsize=None)
 def mkl_is_slow() -> bool:
     """Whether PyTorch multiplies with MKL on a processor of AMD's that has AVX-512."""
-    capability = getattr(torch.backends, "cpu", None)  # torch >= 2.1
-    if not torch.backends.mkl.is_available() or capability is None:
+    if not torch.backends.mkl.is_available() or not hasattr(torch.backends, "cpu"):  # torch >= 2.1
         return False
     try:
         maker = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         maker = platform.processor()
-    return "AuthenticAMD" in maker and capability.get_cpu_capability().startswith("AVX512")
+    return "AuthenticAMD" in maker and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
