@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 from argparse import Namespace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -234,9 +234,11 @@ def build(args: Namespace, source: LocalFiles | HubFiles, manifest: Manifest) ->
     missing = list(manifest.missing())
     expected = print_plan(source, manifest, args)
 
+    start = manifest.start_of(min([*missing, len(manifest.shards)]))[0]
+    way = lru_cache(maxsize=None)(partial(choose_way, source, args.text_field, start))  # once a build
+
     @contextlib.contextmanager
     def queue_from(position: Position, documents: int, on_tokens) -> Iterator[TokenQueue]:
-        way = partial(choose_way, source, args.text_field, position)
         blocks = blocks_from(source, args.text_field, position, args.num_workers, way)
         with contextlib.closing(blocks):
             yield TokenQueue(blocks, position, documents, on_tokens)

@@ -178,14 +178,15 @@ def log_normalizers(hidden: Tensor, weight: Tensor) -> Tensor:
     """
     U, V = len(hidden), len(weight)
     words = min(V, max(256, LOGITS_AT_ONCE.get(weight.device.type, 1 << 22) // U // 64 * 64))
-    blocks = weight.split(words)
-    parts = torch.empty(U, len(blocks), device=hidden.device)
-    for number, block in enumerate(blocks):
-        logits = linear(hidden, block).float()  # (U, words)
-        first = logits[:, 0].clone()  # log_softmax(x) is x - normalizer: one column tells it
-        torch.log_softmax(logits, dim=1, out=logits)
-        parts[:, number] = first - logits[:, 0]
-    return parts.logsumexp(dim=1)
+    normalizers = [_log_normalizer(hidden, block) for block in weight.split(words)]
+    return torch.stack(normalizers, dim=1).logsumexp(dim=1)
+
+
+def _log_normalizer(hidden: Tensor, block: Tensor) -> Tensor:
+    """The same, (U,), of the words of a block; the logits end with this call."""
+    logits = linear(hidden, block).float()  # (U, words)
+    first = logits[:, 0].clone()  # log_softmax(x) is x - normalizer: one column tells it
+    return first - torch.log_softmax(logits, dim=1, out=logits)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -266,7 +266,7 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     compiles = runtime.choose_compile(args.compile, dist.device)
     numerics = runtime.set_numerics(args.seed, args.deterministic)
-    if dist.device.type == "cpu":
+    if dist.device.type == "cpu" and dtype.value == torch.float32 and not compiles.value:
         numerics = f"{products.described()}; {numerics}"
     model, tokenizer, train_stream, val_stream, why = load_model_and_data(args, dist)
     torch.manual_seed(args.seed + dist.rank)  # weights are alike on all ranks, later draws are not

@@ -108,9 +108,40 @@ def test_a_way_that_differs_is_left_with_a_warning_and_the_bytes_stay_right(
     assert "encoder: tiktoken's batches, compared with tiktoken on the first 30 documents" in output.out
 
 
-@pytest.mark.parametrize("module", [None, SimpleNamespace(), SimpleNamespace(Tokenizer=SimpleNamespace())])
+def raises(error: Exception):
+    raise error
+
+
+def fake_module(load) -> SimpleNamespace:
+    """A module gigatoken whose Tokenizer.from_tiktoken is `load`."""
+    return SimpleNamespace(Tokenizer=SimpleNamespace(from_tiktoken=load))
+
+
+@with_gigatoken
+def test_gigatoken_starts_anew_before_its_memory_has_grown(monkeypatch):
+    """The ids stay right over many fresh starts."""
+    texts, loads, load = make_documents(50), [], batch_encoder.Gigatoken._load
+    monkeypatch.setattr(batch_encoder.Gigatoken, "_load", lambda self: loads.append(1) or load(self))
+    monkeypatch.setattr(batch_encoder, "GIGATOKEN_CHARACTERS", 2000)
+    monkeypatch.setattr(
+        batch_encoder, "gigatoken_encoding", lambda encoding=batch_encoder.Gigatoken(): encoding
+    )
+    assert agrees_with_reference(texts, GIGATOKEN) and len(loads) > 10
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        None,  # not installed
+        SimpleNamespace(),
+        fake_module(lambda ranks, scheme: None),
+        fake_module(lambda *arguments: raises(RuntimeError("a scheme it does not know"))),
+        fake_module(lambda *arguments: SimpleNamespace(encode=lambda text: [15496, 995])),
+        fake_module(lambda *arguments: SimpleNamespace(encode=lambda text: np.array([1], np.uint32))),
+    ],
+)
 def test_without_gigatoken_or_with_another_version_of_it_tiktoken_does_the_work(module, monkeypatch):
-    """Not installed; without a Tokenizer; with one that reads no merges."""
+    """Another interface, other results: found before a document is encoded."""
     monkeypatch.setitem(sys.modules, "gigatoken", module)
     assert gigatoken_encoding.__wrapped__() is None
     monkeypatch.setattr(batch_encoder, "gigatoken_encoding", gigatoken_encoding.__wrapped__)

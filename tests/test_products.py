@@ -83,6 +83,31 @@ def test_any_strides_will_do(onednn):
         torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_single_examples(onednn):
+    """torch.func's grad, and its vmap over examples."""
+    layer, reference = twins(57, bias=True)
+    x = torch.randn(10, 3, 24)
+    results = []
+    for module in (layer, reference):
+        parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+        def loss(parameters, x, module=module):
+            return torch.func.functional_call(module, parameters, (x,)).tanh().sum()
+
+        results.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x))
+        assert results[-1]["weight"].shape == (10, 57, 24)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_a_model_can_be_traced(onednn):
+    """torch.jit.trace records PyTorch's own product."""
+    layer, reference = twins(57, bias=True)
+    x = torch.randn(10, 24)
+    assert torch.equal(torch.jit.trace(layer, x)(x), reference(x))
+
+
 def test_gradients_of_gradients(onednn):
     """Second derivatives, as a Hessian's product with a vector needs them."""
     layer, reference = twins(57, bias=True)
@@ -100,10 +125,11 @@ def test_gradients_of_gradients(onednn):
 def test_a_product_is_added(M, onednn):
     """total + a @ b, whatever the strides of a and b."""
     torch.manual_seed(0)
-    total, a, b = torch.randn(M, 11), torch.randn(7, M).t(), torch.randn(7, 11)
-    expected = total + a @ b
-    products.add_product(total, a, b)
-    assert (total - expected).abs().max() < 1e-5
+    a, b, start = torch.randn(7, M).t(), torch.randn(7, 11), torch.randn(M, 11)
+    for total in (products.zeros_to_add_to(M, 11, like=b), torch.zeros(M, 11)):
+        total.add_(start)
+        products.add_product(total, a, b)
+        assert (total - (start + a @ b)).abs().max() < 1e-5
 
 
 @needs_onednn
@@ -124,6 +150,7 @@ def test_onednn_is_used_where_it_is_faster_and_nowhere_else(monkeypatch):
     assert not products.onednn_is_faster(float32, float32)
 
 
+@needs_onednn
 @pytest.mark.parametrize(
     ("maker", "capability", "expected"),
     [("AuthenticAMD", "AVX512", True), ("AuthenticAMD", "AVX2", False), ("GenuineIntel", "AVX512", False)],

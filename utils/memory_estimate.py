@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from utils.fused_loss import CHUNK_ROWS
+from utils.products import mkl_is_slow
 
 # What resident memory is above the tensors, as a share of those that come and go in a step: glibc's heap
 # keeps holes that no later tensor fits. Measured with 124M parameters, 256 to 2048 tokens. A GPU's cached
@@ -94,12 +95,12 @@ def activation_bytes(config: Any, num_rows: int, itemsize: int) -> int:
 
 
 def loss_bytes(config: Any, num_rows: int, itemsize: int, device_type: str) -> int:
-    """Bytes of the chunked loss: one buffer of logits, and the gradients it computes on the way."""
+    """Bytes of the chunked loss: the logits of one chunk, and the gradients it computes on the way."""
     rows = min(num_rows, CHUNK_ROWS.get(device_type, CHUNK_ROWS["cpu"]))
     weight = config.vocab_size * config.n_embd  # numbers in the output projection
     total = rows * config.vocab_size * FLOAT32 + weight * FLOAT32 + num_rows * config.n_embd * itemsize
-    if device_type == "cpu":  # where a whole product in float32 exists before it is added
-        total += weight * FLOAT32
+    if device_type == "cpu" and (itemsize < FLOAT32 or mkl_is_slow()):
+        total += weight * FLOAT32  # a whole product in float32 exists before it is added
     if itemsize < FLOAT32:
         # A second buffer in the low dtype, the weight in it, and a product before it is added in float32.
         total += (rows * config.vocab_size + 2 * weight) * itemsize

@@ -32,7 +32,7 @@ class Linear(nn.Linear):
     """`nn.Linear` whose products are made in the fastest way there is, forward and backward."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or is_compiling():
+        if x.device.type != "cpu" or is_traced():
             return super().forward(x)
         rows = x.reshape(-1, self.in_features)  # (R, C)
         if not torch.is_grad_enabled():
@@ -54,20 +54,32 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a (M, N) times b (N, K) to `total` (M, K), without gradients."""
+    """Adds a (M, N) times b (N, K) to `total` (M, K), without gradients; see `zeros_to_add_to`."""
     if onednn_is_faster(a, b):
-        total.add_(linear(a, b.t()))
+        total.t().add_(linear(b.t(), a))
     else:
         total.addmm_(a, b)
+
+
+def zeros_to_add_to(M: int, K: int, like: Tensor) -> Tensor:
+    """Zeros (M, K) in float32, strided as suits `add_product` best where the factors are like `like`."""
+    if onednn_is_faster(like, like):
+        return torch.zeros(K, M, device=like.device).t()  # it would have to turn the larger factor around
+    return torch.zeros(M, K, dtype=torch.float32, device=like.device)
 
 
 class _OneDNNLinear(torch.autograd.Function):
     """`linear` with its gradients, which are such products themselves and so have gradients, too."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, rows, weight, bias):
-        ctx.save_for_backward(rows, weight)
+    def forward(rows, weight, bias):
         return linear(rows, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad):  # (R, K)
@@ -97,19 +109,21 @@ def onednn_is_faster(a: Tensor, b: Tensor) -> bool:
         return False
     if a.numel() == 0 or b.numel() == 0:  # oneDNN refuses some of these
         return False
-    return torch.backends.mkldnn.enabled and onednn_is_here() and mkl_is_slow()
+    return torch.backends.mkldnn.enabled and mkl_is_slow()
 
 
 @lru_cache(maxsize=None)
 def onednn_is_here() -> bool:
     """Whether this PyTorch has oneDNN's product, an operation that it keeps for its compiled models."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return hasattr(torch.backends, "cpu")  # torch >= 2.1; in 2.0 it is called in another way
 
 
 @lru_cache(maxsize=None)
 def mkl_is_slow() -> bool:
     """Whether PyTorch multiplies with MKL on a processor of AMD's that has AVX-512."""
-    if not torch.backends.mkl.is_available() or not hasattr(torch.backends, "cpu"):  # torch >= 2.1
+    if not (torch.backends.mkl.is_available() and onednn_is_here()):
         return False
     try:
         maker = Path("/proc/cpuinfo").read_text()
@@ -130,9 +144,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def is_compiling() -> bool:
-    """Whether torch.compile is tracing: it chooses products of its own."""
-    return hasattr(torch, "compiler") and torch.compiler.is_compiling()  # torch >= 2.1
+def is_traced() -> bool:
+    """Whether torch.compile or torch.jit is tracing: they choose products of their own."""
+    compiler = getattr(torch, "compiler", None)
+    if hasattr(compiler, "is_compiling") and compiler.is_compiling():  # torch >= 2.3
+        return True
+    return torch.jit.is_tracing()
 
 
 def described() -> str:

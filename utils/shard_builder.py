@@ -25,14 +25,16 @@ def choose_way(source, text_field: str, position: Position) -> str:
         source: LocalFiles or HubFiles.
         position: where the build starts.
     """
+    from tqdm import tqdm
+
     part = next(parts_from(source, text_field, position), None)
     texts = read_documents(part, text_field).texts[:SAMPLE_DOCUMENTS] if part else []
     texts = [text[:SAMPLE_CHARACTERS] for text in texts]
     for way in ways_here():
         if agrees_with_reference(texts, way):
-            print(f"encoder: {way}, compared with tiktoken on the first {len(texts)} documents")
+            tqdm.write(f"encoder: {way}, compared with tiktoken on the first {len(texts)} documents")
             return way
-        print(f"warning: {way} and tiktoken differ here; going on without it", file=sys.stderr)
+        tqdm.write(f"warning: {way} and tiktoken differ here; going on without it", file=sys.stderr)
     raise AssertionError("tiktoken differs from itself")
 
 
