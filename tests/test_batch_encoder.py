@@ -123,9 +123,8 @@ def test_gigatoken_starts_anew_before_its_memory_has_grown(monkeypatch):
     texts, loads, load = make_documents(50), [], batch_encoder.Gigatoken._load
     monkeypatch.setattr(batch_encoder.Gigatoken, "_load", lambda self: loads.append(1) or load(self))
     monkeypatch.setattr(batch_encoder, "GIGATOKEN_CHARACTERS", 2000)
-    monkeypatch.setattr(
-        batch_encoder, "gigatoken_encoding", lambda encoding=batch_encoder.Gigatoken(): encoding
-    )
+    encoding = batch_encoder.Gigatoken()
+    monkeypatch.setattr(batch_encoder, "gigatoken_encoding", lambda: encoding)
     assert agrees_with_reference(texts, GIGATOKEN) and len(loads) > 10
 
 
