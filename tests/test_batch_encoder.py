@@ -81,7 +81,9 @@ def test_lone_surrogates_and_the_encoders_own_marks_are_encoded_as_tiktoken_does
 def wrong_gigatoken(monkeypatch) -> list[str]:
     """A gigatoken that makes token 1 of every text; the texts that it is asked about."""
     asked: list[str] = []
-    fake = SimpleNamespace(encode=lambda text: asked.append(text) or np.array([1], dtype=np.uint32))
+    fake = SimpleNamespace(
+        encode=lambda text: asked.append(text) or np.array([1], dtype=np.uint32), num_characters=0
+    )
     monkeypatch.setattr(batch_encoder, "gigatoken_encoding", lambda: fake)
     return asked
 
@@ -119,13 +121,19 @@ def fake_module(load) -> SimpleNamespace:
 
 @with_gigatoken
 def test_gigatoken_starts_anew_before_its_memory_has_grown(monkeypatch):
-    """The ids stay right over many fresh starts."""
-    texts, loads, load = make_documents(50), [], batch_encoder.Gigatoken._load
-    monkeypatch.setattr(batch_encoder.Gigatoken, "_load", lambda self: loads.append(1) or load(self))
+    """Fresh for every batch that is long enough; the ids stay right, also where it cannot be loaded again."""
+    texts, loaded, load = make_documents(50), [], batch_encoder.Gigatoken.__init__
+
+    def counting(self):
+        assert len(loaded) < 5, "no room for the merges"
+        loaded.append(load(self))
+
+    monkeypatch.setattr(batch_encoder.Gigatoken, "__init__", counting)
     monkeypatch.setattr(batch_encoder, "GIGATOKEN_CHARACTERS", 2000)
-    encoding = batch_encoder.Gigatoken()
-    monkeypatch.setattr(batch_encoder, "gigatoken_encoding", lambda: encoding)
-    assert agrees_with_reference(texts, GIGATOKEN) and len(loads) > 10
+    monkeypatch.setattr(batch_encoder, "BATCH_CHARACTERS", 3000)
+    gigatoken_encoding.cache_clear()
+    assert agrees_with_reference(texts, GIGATOKEN) and len(loaded) == 5
+    gigatoken_encoding.cache_clear()
 
 
 @pytest.mark.parametrize(

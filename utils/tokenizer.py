@@ -14,9 +14,11 @@ Both tokenizers have the same few members:
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import lzma
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Iterable
 
@@ -181,9 +183,13 @@ def load_merges(path: Path = MERGES_PATH) -> dict[bytes, int]:
         *range(ord("®"), ord("ÿ") + 1),
     ]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    ranks = {bytes([byte]): i for i, byte in enumerate(printable + others)}
-    for line in data.decode("utf-8").split("\n")[1:-1]:  # the first line is a version, the last one empty
-        ranks[bytes(byte_of[character] for character in line.replace(" ", ""))] = len(ranks)
-    return ranks
+    character_of = {byte: chr(byte) for byte in printable}
+    character_of.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    to_byte = codecs.charmap_build("".join(character_of[byte] for byte in range(256)))
+    # The first line is a version, the last one empty; each of the others is a pair.
+    words = data.decode("utf-8").replace(" ", "").split("\n")[1:-1]
+    joined, _ = codecs.charmap_encode("".join(words), "strict", to_byte)
+    ends = list(accumulate(map(len, words), initial=0))
+    tokens = [bytes([byte]) for byte in printable + others]
+    tokens += [joined[start:end] for start, end in zip(ends, ends[1:])]
+    return {token: rank for rank, token in enumerate(tokens)}
