@@ -83,6 +83,7 @@ def test_any_strides_will_do(onednn):
         torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(torch, "get_autocast_dtype"), reason="vmap of torch < 2.4 trips over itself")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_of_single_examples(onednn):
     """torch.func's grad, and its vmap over examples."""
