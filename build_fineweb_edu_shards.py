@@ -23,19 +23,19 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from utils.command_line import ArgumentParser, positive_int
-from utils.corpus import (
+from utils.errors import UserError, run_script
+from utils.shards.builder import cannot_write, choose_way, pack, rebuild
+from utils.shards.documents import (
     PART_BYTES,
     LocalFiles,
     Position,
     find_files,
     open_parquet,
 )
-from utils.errors import UserError, run_script
-from utils.hub import HubFiles
-from utils.manifest import FILE_NAME, Manifest
-from utils.shard_builder import cannot_write, choose_way, pack, rebuild
-from utils.shard_format import find_shards, remove_unfinished
-from utils.token_feed import TokenQueue, blocks_from, num_cores
+from utils.shards.format import find_shards, remove_unfinished
+from utils.shards.hub import HubFiles
+from utils.shards.manifest import FILE_NAME, Manifest
+from utils.shards.workers import TokenQueue, blocks_from, num_cores
 from utils.tokenizer import MERGES_SHA256, GPT2Tokenizer, tiktoken_is_installed
 
 ROOT = Path(__file__).resolve().parent

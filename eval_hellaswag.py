@@ -27,13 +27,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_model import GPT
-from utils import hellaswag_results as results
 from utils.command_line import ArgumentParser, positive_int
+from utils.cpu_matmul import linear
 from utils.distributed import Distributed, environment_local_rank
 from utils.errors import UserError, run_script
-from utils.hellaswag_data import NUM_ENDINGS, choose_directory, find_or_download, read_rows
-from utils.hellaswag_examples import Example, choose_tokenizer, crop_rows, load_examples, tokenize
-from utils.products import linear
+from utils.hellaswag import results
+from utils.hellaswag.dataset import NUM_ENDINGS, choose_directory, find_or_download, read_rows
+from utils.hellaswag.examples import Example, choose_tokenizer, crop_rows, load_examples, tokenize
 from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, peak_memory_bytes
 from utils.tokenizer import GPT2Tokenizer
 

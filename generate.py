@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from gpt_model import GPT
-from utils.checkpoint import newest_model_file
 from utils.command_line import ArgumentParser, non_negative_float, positive_float, positive_int
 from utils.data_loader import read_text
 from utils.distributed import environment_local_rank
 from utils.errors import UserError, run_script
 from utils.runtime import choose_device
-from utils.settings import check_model_reads
 from utils.tokenizer import tokenizer_from_state
+from utils.training.settings import check_model_reads
+from utils.weights.checkpoint import newest_model_file
 
 LOG_DIR = Path(__file__).resolve().parent / "log"
 

@@ -18,9 +18,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.cpu_matmul import Linear
 from utils.errors import UserError
 from utils.fused_loss import fused_cross_entropy
-from utils.products import Linear
 
 PRETRAINED_CONFIGS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -328,7 +328,7 @@ class GPT(nn.Module):
 
         Raises UserError if the file is missing, damaged, or none of these.
         """
-        from utils.checkpoint import load_model_file
+        from utils.weights.checkpoint import load_model_file
 
         saved = load_model_file(path)
         model = cls(GPTConfig(**saved["config"]))
@@ -348,7 +348,7 @@ class GPT(nn.Module):
         Raises:
             UserError: unknown name, transformers is missing, the weights cannot be had, or they are no GPT-2.
         """
-        from utils.pretrained import load_gpt2_weights, tokenizer_state_of
+        from utils.weights.pretrained import load_gpt2_weights, tokenizer_state_of
 
         config, state_dict = load_gpt2_weights(str(name_or_dir), PRETRAINED_CONFIGS)
         model = cls(GPTConfig(**config))

@@ -21,20 +21,25 @@ import torch
 from eval_hellaswag import evaluate_hellaswag
 from generate import sample_texts
 from gpt_model import GPT, GPTConfig
-from utils import distributed, micro_batch, on_track, plan, products, resume, run_dir, runtime, train_flags
-from utils.checkpoint import newest_model_file
+from utils import cpu_matmul as products
+from utils import distributed, runtime
 from utils.data_loader import WindowLoader
-from utils.datasets import choose_source, choose_tokenizer, fetch, open_streams
 from utils.distributed import Distributed
-from utils.divergence import SpikeFilter, stop_if_diverged, stop_if_not_finite
 from utils.errors import Unfinished, UserError, run_script
-from utils.hellaswag_examples import examples_for_training
-from utils.mirrors import Mirrors, check_installed
-from utils.report import write_report
-from utils.resume import Progress
-from utils.run_log import RunLog, Speedometer, format_duration, perplexity
-from utils.settings import accumulation_steps, check_model_reads, check_training_settings
-from utils.stopping import Stopped, StopSignals
+from utils.hellaswag.examples import examples_for_training
+from utils.training import dry_run as plan
+from utils.training import flags as train_flags
+from utils.training import log_directory as run_dir
+from utils.training import micro_batch, on_track, resume
+from utils.training.data_source import choose_source, choose_tokenizer, fetch, open_streams
+from utils.training.guards import SpikeFilter, stop_if_diverged, stop_if_not_finite
+from utils.training.mirrors import Mirrors, check_installed
+from utils.training.report import write_report
+from utils.training.resume import Progress
+from utils.training.run_log import RunLog, Speedometer, format_duration, perplexity
+from utils.training.settings import accumulation_steps, check_model_reads, check_training_settings
+from utils.training.signals import Stopped, StopSignals
+from utils.weights.checkpoint import newest_model_file
 
 # ------------------------------------------------------------------------------------------------------------
 # The faithful run: GPT-2 124M, 10 billion tokens (settings of GPT-3 Small, Brown et al. 2020, table 2.1).

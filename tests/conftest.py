@@ -12,7 +12,7 @@ import torch
 
 from gpt_model import GPT, GPTConfig
 from tests.small_runs import TEXT, Killed, kill_in, train
-from utils import run_log
+from utils.training import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import train_gpt
-from utils import resume
+from utils.training import resume
 
 TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps on.\n"
 TINY = (  # what every small run has, and may override by flags that follow

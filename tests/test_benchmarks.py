@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from gpt_model import GPT
+from tests.benchmarks import __main__ as benchmark
+from tests.benchmarks import generate as benchmark_generate
+from tests.benchmarks import loader as benchmark_loader
+from tests.benchmarks import step as benchmark_step
+from tests.benchmarks.interleaved import in_pairs
+from tests.benchmarks.plain_gpt2 import plain_greedy, plain_twin
+from tests.benchmarks.step import Size, hugging_face_twin, prepare_ours, prepare_plain, random_batches
 from tests.conftest import run, tiny_model
-from utils import benchmark, benchmark_generate, benchmark_loader, benchmark_step
-from utils.benchmark_step import Size, hugging_face_twin, prepare_ours, prepare_plain, random_batches
 from utils.errors import Unfinished, UserError
-from utils.in_turns import in_pairs
-from utils.plain_gpt2 import plain_greedy, plain_twin
 from utils.runtime import OutOfMemory
 
 TOY = ("--n-layer", 2, "--n-head", 2, "--n-embd", 32)
@@ -23,7 +26,7 @@ TOY = ("--n-layer", 2, "--n-head", 2, "--n-embd", 32)
 
 def measured(tmp_path, *arguments) -> tuple[dict, str]:
     """Runs a benchmark as a user would. Returns the figures of --json, and what it printed."""
-    process = run("-m", "utils.benchmark", *arguments, "--json", tmp_path / "figures.json")
+    process = run("-m", "tests.benchmarks", *arguments, "--json", tmp_path / "figures.json")
     assert process.returncode == 0, process.stderr
     return json.loads((tmp_path / "figures.json").read_text()), process.stdout
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import generate
+from tests.benchmarks.step import hugging_face_twin
 from tests.conftest import tiny_model
-from utils.benchmark_step import hugging_face_twin
-from utils.checkpoint import model_content, save_pair
 from utils.errors import UserError, run_script
 from utils.tokenizer import tokenizer_from_state
+from utils.weights.checkpoint import model_content, save_pair
 
 CHARACTERS = {"name": "char", "characters": "\n abcdefghijklmnopqrstuvwxyz"}
 END_OF_TEXT = 50256

@@ -10,7 +10,7 @@ from tests.conftest import ROOT, run
 
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in [*ROOT.glob("*.py"), *(ROOT / "utils").glob("*.py")]
+    for path in [*ROOT.glob("*.py"), *(ROOT / "utils").rglob("*.py")]
     if path.stem != "__init__"
 )
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, run
 from train_gpt import read_arguments
-from utils.settings import accumulation_steps
+from utils.training.settings import accumulation_steps
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -112,7 +112,7 @@ def test_the_batch_can_be_split_over_the_gpus(command):
 def test_every_module_is_on_the_map():
     """A module of utils/ is named in the README, or by a pattern like `utils/hellaswag_*.py`."""
     named = [word.split("/")[-1] for word in re.findall(r"`([^` ]+\.py)`", README)]
-    modules = [path.name for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__"]
+    modules = [path.name for path in (ROOT / "utils").rglob("*.py") if path.stem != "__init__"]
     assert [name for name in modules if not any(fnmatch(name, pattern) for pattern in named)] == []
 
 

@@ -1,6 +1,6 @@
 """Tokens for training: one logical stream, cut into windows, each an example exactly once an epoch.
 
-A stream is a row of tokens with random access: `TextStream` holds a text file in memory, `utils/shards.py`
+A stream is a row of tokens with random access: `TextStream` holds a text in memory, `utils/shards/stream.py`
 reads a folder. Window w of a stream is tokens [w*T, w*T + T], T inputs and the T targets that follow them by
 one. Step s trains on windows [s*W, (s+1)*W) of the epoch order whatever the number of ranks, the micro-batch
 or the accumulation, so the position in the data is a pure function of the windows trained so far: there is no

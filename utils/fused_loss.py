@@ -15,7 +15,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
-from utils.products import add_product, compute_dtype, linear, zeros_to_add_to
+from utils.cpu_matmul import add_product, compute_dtype, linear, zeros_to_add_to
 
 IGNORE_INDEX = -100  # F.cross_entropy's default: a row with this target counts for nothing
 

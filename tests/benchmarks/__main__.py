@@ -1,0 +1,63 @@
+"""Measures the parts of the project: `python -m tests.benchmarks PART`, and `... PART --help`.
+
+A part is a module of this package with two functions: `add_arguments(parser)` declares its flags,
+and `run(args)` measures, prints, and returns its figures, a dict of plain values. `figures["agree"]` says
+whether what was compared gave the same results: if not, there is nothing to compare, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+from utils.command_line import ArgumentParser
+from utils.errors import Unfinished, UserError, run_script
+from utils.files import whole_file
+from utils.runtime import device_name
+
+
+def parts() -> list[str]:
+    """Names of the parts that are there."""
+    return ["generate", "hellaswag", "loader", "shards", "step"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    choice = ArgumentParser(prog="-m tests.benchmarks", description="Measures a part of the project.")
+    choice.add_argument("part", choices=parts(), help="what to measure; its flags follow, see PART --help")
+    part = choice.parse_args(argv[:1]).part
+    # Only this one is imported: another may need a package that is not installed.
+    module = importlib.import_module(f"tests.benchmarks.{part}")
+    description = (module.__doc__ or "").split("\n")[0]
+    parser = ArgumentParser(prog=f"-m tests.benchmarks {part}", description=description)
+    module.add_arguments(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    args = parser.parse_args(argv[1:])
+    figures = {
+        "part": part,
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu": device_name(torch.device("cpu")),
+        **module.run(args),
+    }
+    if args.json is not None:
+        try:
+            with whole_file(args.json) as file:
+                file.write(json.dumps(figures, indent=2) + "\n")
+        except OSError as error:
+            what = f"cannot write {args.json}: {error.strerror}"
+            raise UserError(what, "give --json another file") from error
+    if not figures["agree"]:
+        raise Unfinished("what was compared gave different results", "see above; the figures mean nothing")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

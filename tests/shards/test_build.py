@@ -1,0 +1,391 @@
+"""The shard builder: the right bytes, whatever the input and however often it is killed; clear words else."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from build_fineweb_edu_shards import main
+from tests.conftest import OFFLINE, ROOT, run
+from utils.errors import Unfinished, UserError
+from utils.files import sha256_of
+from utils.shards.documents import LocalFiles, Position
+from utils.shards.format import find_shards
+from utils.shards.workers import Block, TokenQueue, blocks_from
+from utils.tokenizer import gpt2_encoding
+
+SCRIPT = ROOT / "build_fineweb_edu_shards.py"
+DOCUMENTS = [
+    "Hello world",
+    "",
+    "It's  a \n\n test — naïve\n",
+    "<|endoftext|> is text",
+    "日本語 text\u3000\u3000x",
+    "a" * 90,
+]
+
+
+def make_documents(count: int, seed: int = 0) -> list[str]:
+    """Documents of random words, spaces and lines; deterministic."""
+    draw = random.Random(seed)
+    words = [
+        "the ",
+        "shard",
+        " of",
+        "\n",
+        "\n\n",
+        "  ",
+        " token's",
+        " 123",
+        "é",
+        " 日本",
+        "!? ",
+        " and",
+        "\t",
+    ]
+    return ["".join(draw.choices(words, k=draw.randint(1, 400))) for _ in range(count)]
+
+
+def expected_tokens(documents: list[str]) -> np.ndarray:
+    """The ancestor's way: one document after the other."""
+    encoding = gpt2_encoding()
+    return np.array([i for text in documents for i in [50256, *encoding.encode_ordinary(text)]], np.uint16)
+
+
+def write_jsonl(path: Path, documents: list[str]) -> Path:
+    """One document a line."""
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+def write_parquet(path: Path, documents: list[str], row_group_size: int = 7) -> Path:
+    """One document a row, another column beside it."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    table = pa.table({"id": list(range(len(documents))), "text": documents})
+    pq.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """All shards, val first."""
+    return find_shards(folder, "val") + find_shards(folder, "train")
+
+
+def tokens_of(folder: Path) -> np.ndarray:
+    """All tokens of a folder in order."""
+    return np.concatenate([np.load(path) for path in shards_of(folder)])
+
+
+def build(folder: Path, *inputs: object, workers: int = 1, **flags: object) -> int:
+    """Runs the script's main in this process."""
+    arguments = ["--input", *map(str, inputs), "--output-dir", str(folder), "--num-workers", str(workers)]
+    for name, value in flags.items():
+        arguments += [f"--{name}", str(value)]
+    return main(arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def test_packing_by_hand_at_ten_tokens_a_shard(tmp_path):
+    """Documents in order, cut without a gap, a document over several shards, the last shard shorter."""
+    source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    assert build(tmp_path / "out", source, **{"shard-tokens": 10}) == 0
+    expected = expected_tokens(DOCUMENTS)
+    paths = shards_of(tmp_path / "out")
+    assert paths[0].name == "edufineweb_val_000000.npy"
+    assert paths[1].name == "edufineweb_train_000001.npy"
+    for number, path in enumerate(paths):
+        tokens = np.load(path)
+        assert tokens.dtype == np.uint16
+        assert tokens.tolist() == expected[number * 10 : number * 10 + 10].tolist()
+    assert len(paths) == -(-len(expected) // 10)
+    np.save(tmp_path / "by_numpy.npy", expected[:10])
+    assert paths[0].read_bytes() == (tmp_path / "by_numpy.npy").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "large row group", "txt"])
+def test_every_format_gives_the_same_tokens_however_it_is_cut(tmp_path, monkeypatch, kind):
+    """Parts of a few hundred bytes, so that each file is cut often; from a part on, the rest is the same."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 700)
+    documents = make_documents(60)
+    if kind == "txt":
+        documents = [text.strip() + "\n" for text in documents if text.strip()]
+        path = tmp_path / "a.txt"
+        path.write_text("<|endoftext|>\n".join(documents), encoding="utf-8", newline="")
+    elif kind == "jsonl.gz":
+        path = tmp_path / "a.jsonl.gz"
+        path.write_bytes(gzip.compress(write_jsonl(tmp_path / "a.jsonl", documents).read_bytes()))
+    elif kind == "jsonl":
+        path = write_jsonl(tmp_path / "a.jsonl", documents)
+    else:
+        path = write_parquet(tmp_path / "a.parquet", documents, 7 if kind == "parquet" else 1000)
+        monkeypatch.setattr("utils.shards.documents.ROW_GROUP_BYTES", 1 << 20 if kind == "parquet" else 100)
+    blocks = list(blocks_from(LocalFiles([path]), "text", Position(), 1))
+    assert len(blocks) > 5
+    expected = expected_tokens(documents)
+    assert np.array_equal(np.concatenate([block.tokens for block in blocks]), expected)
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 500)  # a rerun may cut otherwise
+    for i in range(1, len(blocks), 1 + len(blocks) // 12):
+        rest = blocks_from(LocalFiles([path]), "text", Position(0, blocks[i].start), 1)
+        before = sum(len(block.tokens) for block in blocks[:i])
+        assert np.array_equal(np.concatenate([block.tokens for block in rest]), expected[before:])
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n", " ", "\u3000\n\u3000 "])
+def test_a_long_text_file_is_one_document_wherever_it_is_cut(tmp_path, monkeypatch, newline):
+    """The tokens are those of the whole text, with one <|endoftext|> at its start."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 100)
+    text = newline.join(make_documents(30, seed=3)) + "終わり。\n\n次の段落"
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    blocks = list(blocks_from(LocalFiles([path]), "text", Position(), 1))
+    assert len(blocks) > 20
+    assert np.array_equal(np.concatenate([b.tokens for b in blocks]), expected_tokens([text]))
+
+
+def test_the_queue_goes_on_from_any_position():
+    """After every take the position leads back to the next token, also with parts of another size."""
+    tokens = np.arange(40, dtype=np.uint16)
+    tokens[::7] = 50256
+    cut = lambda size: [Block(0, i, min(40, i + size), tokens[i : i + size]) for i in range(0, 40, size)]  # noqa: E731
+    for taken in range(41):
+        queue = TokenQueue(iter(cut(10)), Position())
+        queue.fill(taken)
+        assert np.array_equal(np.concatenate([[], *queue.take(taken)]), tokens[:taken])
+        assert queue.documents == np.count_nonzero(tokens[:taken] == 50256)
+        position = queue.position
+        blocks = (b for b in cut(5) if b.start >= position.start)
+        rest = TokenQueue(blocks, position, queue.documents)
+        left = rest.fill(100)
+        starts = taken + rest.document_starts(left)
+        assert starts.tolist() == [i for i in range(taken, 40) if tokens[i] == 50256]
+        assert np.array_equal(np.concatenate([[], *rest.take(left)]), tokens[taken:])
+
+
+def test_a_small_corpus_gives_val_its_first_documents(tmp_path):
+    """Up to 1 % of the tokens, one document at least; --val-tokens sets it; a single document is cut."""
+    documents = ["one two three"] * 1000
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    length = len(expected_tokens(documents[:1]))
+    for name, flags, val in [
+        ("a", {}, 10),
+        ("b", {"val-tokens": 3 * length + 1}, 3),
+        ("c", {"val-tokens": 1}, 1),
+    ]:
+        assert build(tmp_path / name, source, **flags) == 0
+        assert [len(np.load(path)) for path in shards_of(tmp_path / name)] == [
+            val * length,
+            (1000 - val) * length,
+        ]
+        assert np.array_equal(tokens_of(tmp_path / name), expected_tokens(documents))
+    (tmp_path / "book.txt").write_text("one two three " * 500)
+    assert build(tmp_path / "d", tmp_path / "book.txt") == 0
+    val, train = (len(np.load(path)) for path in shards_of(tmp_path / "d"))
+    assert val == (val + train) // 100
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Interrupted
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that a user sees."""
+    return {path.name: sha256_of(path) for path in sorted(folder.glob("[!.]*"))}
+
+
+def test_spawned_workers_give_the_same_bytes_and_kills_change_nothing(tmp_path):
+    """Builds of two processes, killed by SIGKILL at random moments until one ends; all files are compared."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(3000))
+    build(tmp_path / "whole", source, **{"shard-tokens": 8000})
+    command = [sys.executable, SCRIPT, "--input", source, "--shard-tokens", 8000, "--num-workers", 2]
+    command = [*map(str, command), "--output-dir", str(tmp_path / "killed")]
+    quiet = dict(env={**os.environ, **OFFLINE}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    draw = random.Random(5)
+    for num_shards in (
+        0,
+        1,
+        9,
+        17,
+        25,
+    ):  # of 126: a fast machine must not end before the kill
+        child = subprocess.Popen(command, **quiet)
+        while child.poll() is None and len(shards_of(tmp_path / "killed")) < num_shards:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.03))
+        assert child.poll() is None, "it ended before it was killed"
+        child.kill()
+        child.wait()
+    assert subprocess.run(command, timeout=60, **quiet).returncode == 0
+    assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL between two lines."""
+
+
+@pytest.mark.parametrize("call", range(1, 14))
+def test_a_kill_between_any_two_renames_loses_nothing(tmp_path, monkeypatch, call):
+    """The build dies right before or after its n-th rename; the next run makes the same files."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
+    flags = {"shard-tokens": 2000}
+    build(tmp_path / "whole", source, **flags)
+    real, seen = os.replace, []
+
+    def replace(old, new):
+        seen.append(new)
+        if len(seen) == call:
+            if call % 2:
+                real(old, new)
+            raise Killed
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Killed):
+        build(tmp_path / "killed", source, **flags)
+    monkeypatch.undo()
+    for name in (".edufineweb_train_000009.npy.tmp", ".manifest.json.tmp", ".probe.77.tmp"):
+        (tmp_path / "killed" / name).write_bytes(b"half")
+    (tmp_path / "killed" / ".notes.tmp").write_text("somebody else's")
+    assert build(tmp_path / "killed", source, **flags) == 0
+    assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
+    assert [path.name for path in (tmp_path / "killed").glob(".*.tmp")] == [".notes.tmp"]
+
+
+def test_a_complete_build_has_nothing_to_do_and_other_settings_are_refused(tmp_path, capsys):
+    """Both leave every file as it is; --max-shards may grow, and ends in the same bytes."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
+    out, flags = tmp_path / "out", {"shard-tokens": 2000}
+    assert build(out, source, **flags, **{"max-shards": 2}) == 0
+    assert len(shards_of(out)) == 2
+    assert build(out, source, **flags, **{"max-shards": 2}) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert build(out, source, **flags, **{"max-shards": 4}) == 0
+    assert build(out, source, **flags) == 0
+    before = checksums(out)
+    assert build(out, source, **flags) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    other = write_jsonl(tmp_path / "b.jsonl", make_documents(41))
+    for inputs, changed in [([source], {"shard-tokens": 1999}), ([other], flags), ([source, other], flags)]:
+        with pytest.raises(UserError, match="built with other settings"):
+            build(out, *inputs, **changed)
+    with pytest.raises(UserError, match=r"was built from 1 files \(a.jsonl\)"):
+        main(["--output-dir", str(out)])  # the network is not asked
+    assert checksums(out) == before
+    build(tmp_path / "whole", source, **flags)
+    assert before == checksums(tmp_path / "whole")
+
+
+def test_a_folder_that_somebody_elses_lock_is_in_is_two_lines(tmp_path):
+    """A lock that cannot be opened, as that of another user."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(3))
+    (tmp_path / "out" / ".lock").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write to output dir .*: Is a directory"):
+        build(tmp_path / "out", source)
+
+
+def test_a_shard_that_no_manifest_names_is_no_part_of_a_finished_build(tmp_path):
+    """A kill before the manifest is saved leaves one: it is written anew, or refused where nothing is."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
+    out, flags = tmp_path / "out", {"shard-tokens": 2000}
+    build(out, source, **flags, **{"max-shards": 2})
+    manifest = (out / "manifest.json").read_bytes()
+    build(out, source, **flags, **{"max-shards": 3})
+    before = checksums(out)
+    (out / "manifest.json").write_bytes(manifest)
+    for again in (
+        lambda: build(out, source, **flags, **{"max-shards": 2}),
+        lambda: main(["--verify", "--output-dir", str(out)]),
+    ):
+        with pytest.raises(UserError, match="edufineweb_train_000002.npy is not in manifest.json") as caught:
+            again()
+        assert "run the build again" in caught.value.hint
+    with open(out / "edufineweb_train_000001.npy", "ab") as damaged:
+        damaged.write(b"x")
+    with pytest.raises(UserError, match="damaged are 1 of 2 shards: edufineweb_train_000001.npy"):
+        main(["--verify", "--output-dir", str(out)])
+    build(out, source, **flags, **{"max-shards": 3})
+    assert checksums(out) == before
+
+
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
+    """As on Lustre mounted without them: the build says so and goes on."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(file, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert build(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", make_documents(5))) == 0
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+def test_verify_names_damaged_shards_and_the_next_build_mends_them(tmp_path, capsys):
+    """A flipped byte, a cut file and a missing one are found and built again, to the same bytes."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
+    out = tmp_path / "out"
+    build(out, source, **{"shard-tokens": 2000})
+    before = checksums(out)
+    assert main(["--verify", "--output-dir", str(out)]) == 0
+    flipped, cut, gone, intact = shards_of(out)[:4]
+    data = bytearray(flipped.read_bytes())
+    data[1000] ^= 1
+    flipped.write_bytes(data)
+    cut.write_bytes(cut.read_bytes()[:-1])
+    gone.unlink()
+    with pytest.raises(UserError, match=f"{flipped.name}, {cut.name}, {gone.name}$"):
+        main(["--verify", "--output-dir", str(out)])
+    assert f"{intact.name}: ok" in capsys.readouterr().out
+    flipped.unlink()
+    assert build(out, source, **{"shard-tokens": 2000}) == 0
+    assert checksums(out) == before
+
+
+def test_a_dead_worker_ends_the_build(tmp_path, monkeypatch):
+    """kill -9 of a tokenizing process: an error that says so, within seconds, and no hang."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(400))
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 10_000)
+    blocks = blocks_from(LocalFiles([source]), "text", Position(), 2)
+    next(blocks)
+    import multiprocessing
+
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(Unfinished, match="process died"):
+        list(blocks)
+
+
+def test_workers_do_not_import_torch():
+    """Each process would take a second and 200 MB more to start."""
+    code = "import sys, build_fineweb_edu_shards; sys.exit('torch' in sys.modules)"
+    assert run("-c", code).returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file size limits")
+def test_a_full_disk_leaves_no_half_file(tmp_path):
+    """A limit on file sizes stands for it: exit 1 with the free space; with room the rerun completes."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(400))
+    out = tmp_path / "out"
+    arguments = [SCRIPT, "--input", source, "--shard-tokens", 20_000, "--num-workers", 1, "--output-dir", out]
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    result = run("-c", code, *arguments)
+    assert result.returncode == 1, result.stderr
+    assert "error: cannot write" in result.stderr and "free" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(out.glob(".*.tmp")) and not shards_of(out)
+    assert run(*arguments).returncode == 0

@@ -1,0 +1,225 @@
+"""Training from shards: one stream over all files, the same steps for any ranks, bad files named at start."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.data_loader import WindowLoader
+from utils.distributed import Distributed
+from utils.errors import UserError
+from utils.shards.format import shard_name, write_shard
+from utils.shards.stream import ShardStream
+from utils.training.data_source import Source, open_streams
+
+T = 8
+CPU = torch.device("cpu")
+
+
+def write_folder(folder: Path, *lengths: int, vocab_size: int = 50257) -> np.ndarray:
+    """Train shards of these lengths and one val shard; token i of train is i. Returns train's tokens."""
+    tokens = np.arange(sum(lengths), dtype=np.uint16) % vocab_size
+    start = 0
+    for number, length in enumerate(lengths):
+        write_shard(folder / shard_name("train", number + 1), [tokens[start : start + length]], length)
+        start += length
+    write_shard(folder / shard_name("val", 0), [tokens[:50]], 50)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_state", "message", "hint"),
+    [
+        ({"name": "char"}, "GPT-2 tokens, not characters", "--tokenizer gpt2"),
+        ({"name": "char", "characters": "abc"}, "GPT-2 tokens, not characters", "a model that reads them"),
+        ({"name": "folder"}, "a tokenizer of its own", "only eval_hellaswag.py"),
+    ],
+)
+def test_shards_are_for_models_that_read_gpt2_tokens(tmp_path, tokenizer_state, message, hint):
+    """A model of characters or of another tokenizer cannot read them; the hint is one that helps."""
+    write_folder(tmp_path, 30)
+    with pytest.raises(UserError, match=message) as caught:
+        open_streams(Source("shards", tmp_path, "as asked"), tokenizer_state, T, Distributed(CPU))
+    assert hint in caught.value.hint
+
+
+def test_windows_cross_the_borders_of_shards(tmp_path):
+    """Any slice of the stream is that of all shards in a row, also over several short ones."""
+    tokens = write_folder(tmp_path, 30, 1, 5, 40, 24)
+    stream = ShardStream(tmp_path, "train", 50257, T)
+    assert stream.num_tokens == 100
+    for start, count in itertools.product(range(0, 100, 3), (1, 9, 37)):
+        count = min(count, 100 - start)
+        assert stream.read(start, count).tolist() == tokens[start : start + count].tolist()
+    assert stream.locate(31) == ("edufineweb_train_000003.npy", 0)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_every_step_is_the_same_for_any_ranks_micro_batch_and_accumulation(tmp_path, seed):
+    """For ranks x micro-batch x accumulation = 12 the order of a step's windows is one and the same.
+
+    Ten steps go over two shard borders in an epoch and over two epoch borders.
+    """
+    write_folder(tmp_path, 130, 83, 110)
+    windows_per_step, steps = 12, 10
+    seen = set()
+    for ranks, micro_batch in itertools.product((1, 2, 3, 4), (1, 2, 3, 4, 6, 12)):
+        if windows_per_step % (ranks * micro_batch):
+            continue
+        streams = [ShardStream(tmp_path, "train", 50257, T) for _ in range(ranks)]
+        loaders = [WindowLoader(streams[r], T, micro_batch, r, ranks, seed=seed) for r in range(ranks)]
+        batches = [loader.train_batches(0, windows_per_step) for loader in loaders]
+        order = []
+        for _ in range(steps * windows_per_step // (ranks * micro_batch)):
+            for of_rank in batches:
+                x, y = next(of_rank)
+                assert (y == x + 1).all()
+                order += (x[:, 0] // T).tolist()
+        seen.add(tuple(order))
+        for of_rank in batches:
+            of_rank.close()
+    assert len(seen) == 1
+    order = seen.pop()
+    assert len(order) == steps * windows_per_step
+    for epoch in range(3):
+        assert sorted(order[epoch * 40 : epoch * 40 + 40]) == list(range(40))  # (323 - 1) // 8 windows
+
+
+def test_a_position_ten_thousand_steps_on_needs_no_data(tmp_path):
+    """Where step 10,000 starts is computed: the files are gone by then."""
+    write_folder(tmp_path, 3000, 3000)
+    loader = WindowLoader(ShardStream(tmp_path, "train", 50257, T), T, 4, seed=1)
+    for path in tmp_path.glob("*.npy"):
+        path.unlink()
+    first = 10_000 * 16
+    again = [loader.window_at(n) for n in range(first, first + 16)]
+    epoch, place = divmod(first, loader.windows_per_epoch)
+    assert epoch == first // 749 and len(set(again)) == 16
+    from utils.data_loader import epoch_order
+
+    assert again == epoch_order(749, 1, epoch)[place : place + 16].tolist()
+
+
+def test_a_folder_that_numpy_save_wrote_is_read(tmp_path):
+    """Shards as the format's ancestor writes them, and uint32 ones."""
+    np.save(tmp_path / "edufineweb_val_000000", np.arange(20, dtype=np.uint16))
+    np.save(tmp_path / "edufineweb_train_000001", np.arange(30, dtype=np.uint16))
+    np.save(tmp_path / "edufineweb_train_000002", np.arange(30, 60, dtype=np.uint32))
+    assert ShardStream(tmp_path, "train", 100, T).read(0, 60).tolist() == list(range(60))
+    assert ShardStream(tmp_path, "val", 100, T).num_tokens == 20
+    mine, by_numpy = tmp_path / "mine.npy", tmp_path / "edufineweb_val_000000.npy"
+    write_shard(mine, [np.arange(12, dtype=np.uint16), np.arange(12, 20, dtype=np.uint16)], 20)
+    assert mine.read_bytes() == by_numpy.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:0]), r"000002.npy: not a .npy file \(0 bytes\)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:5]), r"000002.npy: not a .npy file \(5 bytes\)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), r"000002.npy: not a .npy file \(60 bytes\)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:128]), r"000002.npy: 128 bytes, header says 328"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"000002.npy: 327 bytes, header says 328"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), r"000002.npy: 329 bytes, header says 328"),
+        (lambda path: path.write_bytes(b"<html>" * 50), r"000002.npy: not a .npy file"),
+        (
+            lambda path: np.save(path, np.zeros(9, np.float32)),
+            r"<f4 array of shape \(9,\) \(expected one row",
+        ),
+        (lambda path: np.save(path, np.zeros((3, 3), np.uint16)), r"<u2 array of shape \(3, 3\)"),
+        (lambda path: np.save(path, np.uint16(3)), r"<u2 array of shape \(\)"),
+        (lambda path: np.save(path, np.zeros(9, ">u2")), r">u2 array"),
+        (lambda path: np.save(path, np.array([{}], object)), r"\|O array"),
+        (lambda path: path.unlink(), r"shard 2 is missing between 1 and 3"),
+        (
+            lambda path: path.with_name(f"{path.stem} (1).npy").write_bytes(path.read_bytes()),
+            r"000002 \(1\).npy has no number, other shards have",
+        ),
+        (
+            lambda path: path.with_name(f"{path.stem} 2.npy").write_bytes(path.read_bytes()),
+            r"000002 2.npy is a copy of another shard",
+        ),
+    ],
+)
+def test_a_damaged_shard_is_named_at_start(tmp_path, damage, message):
+    """From its header and its size, before any token is read."""
+    write_folder(tmp_path, 100, 100, 100)
+    damage(tmp_path / shard_name("train", 2))
+    with pytest.raises(UserError, match=message):
+        ShardStream(tmp_path, "train", 50257, T)
+
+
+def test_folders_without_enough_shards_are_refused(tmp_path):
+    """No shards, no val, the first train shard missing, or a split shorter than one window."""
+    with pytest.raises(UserError, match="holds no train shards") as caught:
+        ShardStream(tmp_path, "train", 50257, T)
+    assert "build_fineweb_edu_shards.py" in caught.value.hint
+    write_folder(tmp_path, 60, 60)
+    with pytest.raises(UserError, match=r"has 50 tokens, need at least T\+1 = 51"):
+        ShardStream(tmp_path, "val", 50257, 50)
+    (tmp_path / shard_name("train", 1)).unlink()
+    with pytest.raises(UserError, match="shard 1 is missing between 0 and 2"):
+        ShardStream(tmp_path, "train", 50257, T)
+    (tmp_path / shard_name("val", 0)).unlink()
+    with pytest.raises(UserError, match="holds no val shards"):
+        ShardStream(tmp_path, "val", 50257, T)
+
+
+def test_an_id_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path):
+    """File and position of the first one; slices without it are fine."""
+    write_folder(tmp_path, 40)
+    tokens = np.zeros(40, np.uint16)
+    tokens[23:25] = 60000
+    np.save(tmp_path / "edufineweb_train_000002", tokens)
+    stream = ShardStream(tmp_path, "train", 50257, T)
+    stream.read(0, 60)
+    with pytest.raises(
+        UserError, match="000002.npy: token 60000 >= vocab_size 50257 at position 23"
+    ) as caught:
+        stream.read(58, 9)
+    assert caught.value.one_rank_only
+
+
+def test_a_shard_cut_while_in_use_is_an_error_and_no_crash(tmp_path):
+    """Reads see the end of the file; a memory map would end Python without a word."""
+    write_folder(tmp_path, 100)
+    stream = ShardStream(tmp_path, "train", 50257, T)
+    stream.read(0, 9)
+    os.truncate(tmp_path / shard_name("train", 1), 150)
+    with pytest.raises(UserError, match=r"12 bytes at token 5 \(expected 18") as caught:
+        stream.read(5, 9)
+    assert caught.value.one_rank_only
+
+
+def test_a_failed_write_leaves_the_old_shard(tmp_path, monkeypatch):
+    """Flushed before it is renamed; when the rename fails, the old file is whole and no other is there."""
+    path, calls = tmp_path / shard_name("train", 1), []
+    write_shard(path, [np.arange(5, dtype=np.uint16)], 5)
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: calls.append("fsync"))
+
+    def replace(old, new):
+        calls.append("replace")
+        raise OSError("no")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError):
+        write_shard(path, [np.arange(9, dtype=np.uint16)], 9)
+    assert calls == ["fsync", "replace"]
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch):
+    """The file that was read longest ago is closed, and opened again when its turn comes."""
+    monkeypatch.setattr("utils.shards.stream.MAX_OPEN_FILES", 2)
+    tokens = write_folder(tmp_path, *[20] * 6)
+    stream = ShardStream(tmp_path, "train", 50257, T)
+    for start in (0, 100, 20, 60, 0, 90):
+        assert stream.read(start, 15).tolist() == tokens[start : start + 15].tolist()
+        assert len(stream._files) <= 2

@@ -1,0 +1,157 @@
+"""Exported models compute the same in transformers, and come back bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from gpt_model import GPT
+from tests.conftest import run, tiny_model
+from utils.errors import Unfinished, UserError
+from utils.tokenizer import GPT2Tokenizer
+from utils.weights import export as export_hf
+from utils.weights.checkpoint import model_content, save_pair
+from utils.weights.pretrained import tokenizer_state_of
+
+IDX = torch.tensor([[50256, 1, 2, 3, 50000, 5, 6, 7]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline():
+    """transformers must not ask the network for anything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """(model with a padded vocabulary, folder that the command made of its checkpoint, what it said)."""
+    folder = tmp_path_factory.mktemp("export")
+    model = tiny_model(vocab_size=50304)
+    content = model_content(model, vars(model.config).copy(), 7, 1.5, {"name": "gpt2"})
+    path = save_pair(folder, 7, content, {"step": 7})
+    process = run("-m", "utils.weights.export", path, folder / "out")
+    assert process.returncode == 0, process.stderr
+    return model, folder / "out", process.stdout
+
+
+def test_transformers_computes_our_logits(exported):
+    """AutoModelForCausalLM finds a GPT-2 of 50257 words whose logits are ours to 1e-5."""
+    from transformers import AutoModelForCausalLM
+
+    model, folder, _ = exported
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    logits = theirs(IDX).logits
+    assert type(theirs).__name__ == "GPT2LMHeadModel" and logits.shape == (1, 8, 50257)
+    assert (logits - model(IDX)[0][..., :50257]).abs().max() < 1e-5
+
+
+def test_coming_back_changes_no_bit(exported):
+    """GPT.from_pretrained on the folder has our weights, less the padding of the vocabulary."""
+    model, folder, _ = exported
+    again = GPT.load(folder)
+    assert again.config.vocab_size == 50257 and again.config.block_size == model.config.block_size
+    state = again.state_dict()
+    assert all(
+        torch.equal(state[name], tensor[: len(state[name])]) for name, tensor in model.state_dict().items()
+    )
+    assert again.transformer.wte.weight is again.lm_head.weight
+
+
+def test_autotokenizer_reads_as_we_do(exported):
+    """The same ids for many scripts, white space and the special token; decoding gives the text back."""
+    from transformers import AutoTokenizer
+
+    _, folder, _ = exported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "Hello,  world!\n\n  It's 1234 o'clock; na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u00a0 x\t\r\n "
+    text += open(export_hf.__file__, encoding="utf-8").read()
+    ids = GPT2Tokenizer().encode(text).tolist()
+    assert tokenizer(text)["input_ids"] == ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [50256] == [tokenizer.eos_token_id]
+    assert len(tokenizer) == 50257
+
+
+@pytest.mark.parametrize(("word", "name"), [("[PAD]", "gpt2"), ("[header]", "folder")])
+def test_words_added_to_gpt2s_count_where_text_has_them(word, name, exported, tmp_path):
+    """One for padding leaves the folder GPT-2's; a mark of WikiHow's makes other ids of HellaSwag."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported[1])
+    tokenizer.add_tokens([word])
+    tokenizer.save_pretrained(tmp_path)
+    assert tokenizer_state_of(tmp_path) == {"name": name}
+
+
+def test_the_command_says_what_it_made_and_checked(exported):
+    """Files, cut padding and the measured difference; nothing but the folder is left behind."""
+    _, folder, said = exported
+    assert "47 padding rows of the vocabulary cut" in said and "largest difference of the logits" in said
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"}
+    assert {path.suffix for path in folder.parent.iterdir()} == {".pt", ""}
+    assert not list(folder.parent.glob(".*"))
+
+
+def test_a_character_model_gets_its_vocabulary(tmp_path, capsys):
+    """characters.json maps each character to its id, one line says so, and the way back brings it along."""
+    model = tiny_model(vocab_size=4)
+    model.tokenizer_state = {"name": "char", "characters": "\nab\u00e9"}
+    assert export_hf.export(model, tmp_path / "out") < 1e-9
+    characters = json.loads((tmp_path / "out" / "characters.json").read_text(encoding="utf-8"))
+    assert characters == {"\n": 0, "a": 1, "b": 2, "\u00e9": 3}
+    assert "characters.json: ids of a character model" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["eos_token_id"] is None and config["vocab_size"] == 4
+    again = GPT.load(tmp_path / "out")
+    assert again.config.vocab_size == 4 and again.tokenizer_state == model.tokenizer_state
+    for damaged in ("[1]", '{"a": 1}', "{"):
+        (tmp_path / "out" / "characters.json").write_text(damaged)
+        with pytest.raises(UserError, match="characters.json holds no characters"):
+            GPT.load(tmp_path / "out")
+
+
+def test_wrong_weights_are_no_success(tmp_path, monkeypatch):
+    """If transformers computes something else, the command fails and no folder of that name exists."""
+    model, whole = tiny_model(vocab_size=50257), export_hf.hugging_face_weights
+
+    def swapped(model, num_words):
+        weights = whole(model, num_words)
+        first, second = (f"transformer.h.{layer}.ln_1.bias" for layer in (0, 1))
+        return {**weights, first: weights[second], second: weights[first]}
+
+    monkeypatch.setattr(export_hf, "hugging_face_weights", swapped)
+    with pytest.raises(Unfinished, match="logits differ by"):
+        export_hf.export(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path):
+    """A folder that holds something, and a file, are refused before anything is written."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    for taken in (tmp_path / "out", tmp_path / "out" / "mine.txt"):
+        with pytest.raises(UserError, match="exists and is not an empty folder"):
+            export_hf.export(tiny_model(), taken)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+@pytest.mark.parametrize("package", ["transformers", "safetensors"])
+def test_a_missing_package_is_named(package, tmp_path, monkeypatch):
+    """Before anything is written."""
+    monkeypatch.setattr(export_hf, "find_spec", lambda name: None if name == package else name)
+    with pytest.raises(UserError, match=f"{package} is not installed"):
+        export_hf.export(tiny_model(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_checkpoint_is_two_lines(tmp_path, capsys):
+    """Exit code 2 with a hint."""
+    from utils.errors import run_script
+
+    assert run_script(lambda: export_hf.main([str(tmp_path / "none.pt"), str(tmp_path / "out")])) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[0].startswith("error: no checkpoint at") and error[1].startswith("hint: ")

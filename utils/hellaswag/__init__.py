@@ -1,0 +1,1 @@
+"""HellaSwag's files, examples and results."""

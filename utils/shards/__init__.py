@@ -1,0 +1,1 @@
+"""Documents to tokens to shards, and back to one stream."""

@@ -1,0 +1,1 @@
+"""Files of weights: checkpoints, and other projects' formats."""
