@@ -1,192 +1,255 @@
-"""HellaSwag (Zellers et al. 2019): which of four endings does the model find likeliest?
+"""HellaSwag (Zellers et al. 2019): how often a model prefers the true ending of a text to three wrong ones.
 
-    python eval_hellaswag.py -m gpt2          or gpt2-medium, -large, -xl, a folder of transformers
+    python eval_hellaswag.py -m gpt2          or gpt2-medium, gpt2-large, gpt2-xl, a transformers folder
     python eval_hellaswag.py -m log/model_19073.pt --output ours.jsonl
     python eval_hellaswag.py --compare gpt2.jsonl ours.jsonl
 
-Only the tokens of an ending are scored, given the context. Written plainly, that is four padded rows an
-example and logits for every position. Here an example is a prefix tree: a beginning that several rows share
-goes through the model once; a row's last token, which predicts nothing, not at all; and only positions that
-predict an ending's token are multiplied with the vocabulary. That is half the positions and a third of the
-logits; the losses are the same up to rounding.
+The model's answer is the ending with the lowest loss given the context: the mean over the ending's tokens
+(acc_norm) or the sum (acc). The losses are computed in two forms. The plain form runs four padded rows per
+example and computes logits at every position. The fast form, used by training and by this script, computes
+half of the positions and a third of the logits; the losses agree up to rounding.
 
-Shapes: R rows (one an example), T positions, C channels, V vocabulary, S scored tokens, U positions that
-predict them.
+Shapes: B examples, N tokens of the longest row, T nodes of the largest prefix tree, C channels, V vocabulary,
+S scored tokens, U nodes that predict them.
 """
-
-from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt_model import GPT
-from utils.command_line import ArgumentParser, positive_int
+from utils.command_line import ArgumentParser, UserError, positive_int, run_script
 from utils.cpu_matmul import linear
 from utils.distributed import Distributed, environment_local_rank
-from utils.errors import UserError, run_script
-from utils.hellaswag import results
 from utils.hellaswag.dataset import NUM_ENDINGS, choose_directory, find_or_download, read_rows
-from utils.hellaswag.examples import Example, choose_tokenizer, crop_rows, load_examples, tokenize
-from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, peak_memory_bytes
-from utils.tokenizer import GPT2Tokenizer
+from utils.hellaswag.results import (
+    STYLES,
+    check_writable,
+    compare,
+    correct_answers,
+    make_record,
+    merge_styles,
+    summary,
+    write_results,
+)
+from utils.hellaswag.tokenization import crop_rows, harness_text, tokenize, tokenizer_for
+from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, choose_matmul, peak_memory_bytes
+from utils.tokenizer import GPT2Tokenizer, Tokenizer
 
-# Positions that go through the model at one time: enough to keep the device busy, and little memory.
+# Nodes per forward pass: enough to keep the device busy at little memory.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
-# Logits that exist at one time. On a CPU they should stay in its caches, a GPU wants large products.
+# Logits in memory at one time: on a CPU they should stay in its caches, a GPU needs large matmuls.
 LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27, "mps": 1 << 25}
 
 # ------------------------------------------------------------------------------------------------------------
-# The plain form: one example, four rows
+# The plain form: four padded rows per example
 
 
 def iter_examples(split: str, directory: str | Path | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a split ("train", "val" or "test") as dicts; downloads the file if it is not there."""
+    """Yields the rows of a split ("train", "val" or "test"), downloading the file if it is missing."""
     yield from read_rows(find_or_download(choose_directory(directory), split), split)
 
 
 def render_multiple_choice_tensors(
-    example: dict[str, Any], tokenizer=None, block_size: int | None = None, style: str = "completion"
-) -> tuple[dict[str, Any], Tensor, Tensor, int | None]:
-    """An example as four rows: context and ending, padded with zeros to the longest.
+    example: dict[str, Any], tokenizer: Tokenizer | None = None, block_size: int | None = None,
+    style: str = "completion",
+) -> tuple[dict[str, Any], Tensor, Tensor, int | None]:  # fmt: skip
+    """Tokenizes an example into four rows, context and ending, padded with zeros to equal length.
 
-    Args:
-        example: a row of the data set.
-        tokenizer: GPT-2's by default.
-        block_size: a longer row keeps its last block_size tokens.
-        style: "completion" or "lm-eval", see README.
-
-    Returns:
-        (data: dict with label, ctx_tokens and ending_tokens as lists of ids, for comparisons with other code;
-        tokens (4, N) int64; mask (4, N) int64, 1 where a token belongs to the ending; label 0..3, or None in
-        test).
+    Rows longer than block_size keep their last tokens; `style` is a key of `STYLES`. Returns (data:
+    dict with label, ctx_tokens and ending_tokens as lists of ids, to compare with other code; tokens (4, N)
+    int64; mask (4, N) int64, 1 at tokens of the ending; label 0..3, or None if unlabelled).
     """
     context, endings = tokenize(example, tokenizer or GPT2Tokenizer(), style)
     rows, starts = crop_rows(context, endings, block_size)
-    N = max(map(len, rows))
-    tokens = torch.zeros(NUM_ENDINGS, N, dtype=torch.int64)
-    mask = torch.zeros(NUM_ENDINGS, N, dtype=torch.int64)
+    tokens, mask = torch.zeros(2, NUM_ENDINGS, max(map(len, rows)), dtype=torch.int64)  # (4, N), (4, N)
     for ending, (row, start) in enumerate(zip(rows, starts)):
         tokens[ending, : len(row)] = torch.from_numpy(row.astype(np.int64))
+        # Padding needs no attention mask: it comes last, and causal attention never looks ahead.
         mask[ending, start : len(row)] = 1
     label = example.get("label")
-    label = None if label in (None, "") else int(label)
-    ending_tokens = [ids.tolist() for ids in endings]
-    data = {"label": label, "ctx_tokens": context.tolist(), "ending_tokens": ending_tokens}
+    label = None if label in (None, "") else int(label)  # the copy on the Hugging Face hub has strings
+    data = dict(label=label, ctx_tokens=context.tolist(), ending_tokens=[ids.tolist() for ids in endings])
     return data, tokens, mask, label
 
 
 def most_likely_completion_index(tokens: Tensor, mask: Tensor, logits: Tensor) -> int:
-    """The ending with the lowest mean loss of its tokens.
-
-    Args:
-        tokens, mask: (4, N), as rendered.
-        logits: (4, N, V) of the model on `tokens`.
-    """
+    """Returns the ending with the lowest mean loss per token; tokens and mask (4, N), logits (4, N, V)."""
     loss_sum, num_scored = completion_losses(tokens, mask, logits)
     return int((loss_sum / num_scored).argmin())
 
 
 def completion_losses(tokens: Tensor, mask: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed loss of each ending in nats, (4,), and how many of its tokens that are, (4,)."""
-    shifted_logits = logits[:, :-1].flatten(0, 1)  # position i predicts token i + 1
-    targets, scored = tokens[:, 1:], mask[:, 1:]
+    """Returns the summed loss of each ending in nats, (4,), and its number of scored tokens, (4,)."""
+    # Position i predicts token i + 1: the last logits and the first token have no counterpart.
+    shifted_logits = logits[:, :-1].flatten(0, 1)  # (4, N, V) -> (4 * (N - 1), V)
+    targets, scored = tokens[:, 1:], mask[:, 1:]  # (4, N - 1)
     losses = F.cross_entropy(shifted_logits, targets.flatten(), reduction="none").view_as(targets)
     return (losses * scored).sum(dim=1), scored.sum(dim=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The fast form: a prefix tree an example, many examples a batch
+# The fast form: one prefix tree per example, many trees per batch
 
 
-def plan_batches(examples: Sequence[Example], batch_tokens: int) -> list[list[int]]:
-    """Which examples go through the model together: of similar length, so that little is padding.
+class Example(NamedTuple):
+    """A tokenized example as a prefix tree.
 
-    Returns:
-        Indices into `examples`, longest first (memory runs out at once, if it does), every index once.
+    Take the context "Hello, I'm a" with the endings "language model,", "language", "model", "a language":
+
+        row 0   Hello  ,  I  'm  a  language  model  ,
+        row 1   Hello  ,  I  'm  a  language
+        row 2   Hello  ,  I  'm  a  model
+        row 3   Hello  ,  I  'm  a  a  language
+
+    Under causal attention a hidden state depends only on its own token and on those before it, so rows have
+    equal hidden states as far as they begin alike. Each distinct prefix is computed once, as a node of a
+    tree. The last token of a row predicts nothing and needs no node. 8 nodes replace 4 x 8 padded positions:
+
+        0 Hello - 1 , - 2 I - 3 'm - 4 a +- 5 a                    only row 3 passes through 5
+                                         +- 6 language - 7 model   only row 0 passes through 6 and 7
+
+    Node 4 predicts the first token of all four endings: one hidden state and one softmax, three targets.
+
+    The model receives the nodes as one sequence, with two changes: the position of a node is its depth (5 for
+    nodes 5 and 6), and it attends to itself and its ancestors only (node 6 to 0..4, not to 5).
     """
-    lengths = [len(example.tokens) for example in examples]
-    batches: list[list[int]] = []
-    for i in sorted(range(len(examples)), key=lambda i: -lengths[i]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        # A row of less than nine tenths of the longest would be padded too much: it starts a batch.
-        if not batches or (len(batches[-1]) + 1) * longest > batch_tokens or lengths[i] < 0.9 * longest:
+
+    index: int  # row of the file, from 0
+    label: int | None
+    tokens: np.ndarray  # (T,) token of each node
+    positions: np.ndarray  # (T,) depth of each node, its position in every row that it belongs to
+    row_sets: np.ndarray  # (T,) uint8: bit e is set if row e passes through the node
+    targets: np.ndarray  # (S,) the scored tokens
+    predicted_by: np.ndarray  # (S,) node that predicts each scored token
+    endings: np.ndarray  # (S,) ending that each scored token belongs to, 0..3
+    divisors: np.ndarray  # (4,) scored tokens of each ending, or its characters in lm-eval style
+    num_shortened: int  # rows longer than the block size
+
+
+def build_tree(rows: Sequence[list[int]]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Returns the token of each node (T,), and for each row the nodes along it, from first token to last."""
+    node_of: dict[tuple[int, int], int] = {}  # (parent node, token) -> node, in the order of creation
+    paths = [np.empty(0, dtype=np.int64)] * len(rows)
+    # Sorted, so that the tree, and thus the rounding, does not depend on the order of the rows.
+    for number in sorted(range(len(rows)), key=rows.__getitem__):
+        path = [-1]  # parent of the first node
+        for token in rows[number]:
+            path.append(node_of.setdefault((path[-1], token), len(node_of)))
+        paths[number] = np.array(path[1:], dtype=np.int64)
+    return np.array([token for _, token in node_of]), paths
+
+
+def make_example(
+    row: dict[str, Any], index: int, tokenizer: Tokenizer, block_size: int, style: str = "completion"
+) -> Example:
+    """Tokenizes a row of the data set. Raises UserError for a block size of 1: nothing could be predicted."""
+    if block_size < 2:
+        what = f"HellaSwag needs a block size of at least 2 (found {block_size})"
+        raise UserError(what, "use a model with a larger block size")
+    context, endings = tokenize(row, tokenizer, style)
+    rows, starts = crop_rows(context, endings, block_size)
+    tokens, paths = build_tree([ids[:-1].tolist() for ids in rows])
+    positions, row_sets = np.zeros(len(tokens), dtype=np.int64), np.zeros(len(tokens), dtype=np.uint8)
+    for ending, path in enumerate(paths):
+        positions[path] = np.arange(len(path))
+        row_sets[path] |= 1 << ending
+    # A row cropped to its ending has nothing before its first token, which therefore cannot be scored.
+    firsts = [max(start, 1) for start in starts]
+    counts = [len(ids) - first for ids, first in zip(rows, firsts)]
+    divisors = counts if style == "completion" else [len(text) for text in harness_text(row)[1]]
+    return Example(
+        index=index,
+        label=row["label"],
+        tokens=tokens,
+        positions=positions,
+        row_sets=row_sets,
+        targets=np.concatenate([ids[first:] for ids, first in zip(rows, firsts)]).astype(np.int64),
+        predicted_by=np.concatenate([path[first - 1 :] for path, first in zip(paths, firsts)]),
+        endings=np.repeat(np.arange(NUM_ENDINGS), counts),
+        divisors=np.maximum(divisors, 1).astype(np.float64),
+        num_shortened=sum(len(context) + len(ids) > block_size for ids in endings),
+    )
+
+
+def plan_batches(examples: Sequence[Example], batch_tokens: int) -> list[list[Example]]:
+    """Groups examples of similar size, so that batches of about batch_tokens nodes have little padding.
+
+    The largest come first: if memory runs out, it does so at the start.
+    """
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        largest = len(batches[-1][0].tokens) if batches else 0
+        is_full = not batches or (len(batches[-1]) + 1) * largest > batch_tokens
+        # Below nine tenths of the largest size, too much of the row would be padding.
+        if is_full or len(example.tokens) < 0.9 * largest:
             batches.append([])
-        batches[-1].append(i)
+        batches[-1].append(example)
     return batches
 
 
 @torch.inference_mode()
 def score_batch(model: GPT, batch: Sequence[Example], dtype: torch.dtype) -> np.ndarray:
-    """Summed loss of each ending in nats, (R, 4) float64, by one pass of R trees under a block mask."""
-    R, T = len(batch), max(len(example.tokens) for example in batch)
-    idx, positions = np.zeros((R, T), dtype=np.int64), np.zeros((R, T), dtype=np.int64)
-    owners = np.zeros((R, T), dtype=np.uint8)
-    for row, example in enumerate(batch):
-        idx[row, : len(example.tokens)] = example.tokens
-        positions[row, : len(example.tokens)] = example.positions
-        owners[row, : len(example.tokens)] = example.owners
-    num_predictors = np.cumsum([0, *(len(example.predictors) for example in batch)])
-    predictors = np.concatenate([example.predictors + row * T for row, example in enumerate(batch)])
-    predicted_by = np.concatenate([e.predicted_by + first for e, first in zip(batch, num_predictors)])
+    """Returns the summed loss of each ending in nats, (B, 4) float64, from one forward pass over B trees."""
+    weight = model.lm_head.weight  # (V, C)
+
+    def padded(arrays: Iterable[np.ndarray]) -> Tensor:  # (B, T), zeros at the end
+        return pad_sequence([torch.from_numpy(array) for array in arrays], batch_first=True).to(weight.device)
+
+    tokens = padded(example.tokens for example in batch)
+    positions = padded(example.positions for example in batch)
+    mask = tree_mask(padded(example.row_sets for example in batch))
+    # Node t of tree i is row i * T + t of the flattened batch. It may predict several tokens by one softmax.
+    nodes = np.concatenate([example.predicted_by + i * tokens.size(1) for i, example in enumerate(batch)])
     targets = np.concatenate([example.targets for example in batch])
-
-    weight = model.lm_head.weight
-    arrays = (idx, positions, owners, predictors, predicted_by, targets)
-    idx, positions, owners, predictors, predicted_by, targets = (
-        torch.from_numpy(array).to(weight.device) for array in arrays
-    )
+    arrays = (*np.unique(nodes, return_inverse=True), targets)  # (U,), (S,), (S,)
+    predictors, predicted_by, targets = (torch.from_numpy(array).to(weight.device) for array in arrays)
     with autocast(weight.device, dtype):
-        hidden = model.hidden_states(idx, positions, attention_mask=tree_mask(owners))  # (R, T, C)
-    hidden = hidden.flatten(0, 1)[predictors].to(dtype)  # (U, C)
-    weight = weight.to(dtype)  # (V, C)
-    target_logits = (hidden[predicted_by].float() * weight[targets].float()).sum(dim=1)  # (S,)
-    losses = log_normalizers(hidden, weight)[predicted_by] - target_logits  # -log softmax at the target
-    endings = np.concatenate([example.endings + row * NUM_ENDINGS for row, example in enumerate(batch)])
-    sums = np.bincount(endings, weights=losses.cpu().numpy(), minlength=R * NUM_ENDINGS)
-    return sums.reshape(R, NUM_ENDINGS)
+        hidden = model.hidden_states(tokens, positions, attention_mask=mask)  # (B, T, C)
+    hidden = hidden.flatten(0, 1)[predictors].to(dtype)  # (B, T, C) -> (B * T, C) -> (U, C)
+    weight = weight.to(dtype)
+    # -log softmax(logits)[target] = log sum exp(logits) - logits[target]. Only the sum needs all V logits,
+    # once per node; the target's logit is one dot product per scored token.
+    target_logits = (hidden[predicted_by].float() * weight[targets].float()).sum(dim=1)  # (S, C) -> (S,)
+    losses = log_normalizers(hidden, weight)[predicted_by] - target_logits  # (U,) -> (S,)
+    endings = np.concatenate([example.endings + i * NUM_ENDINGS for i, example in enumerate(batch)])
+    sums = np.bincount(endings, weights=losses.cpu().numpy(), minlength=len(batch) * NUM_ENDINGS)
+    return sums.reshape(len(batch), NUM_ENDINGS)
 
 
-def tree_mask(owners: Tensor) -> Tensor:
-    """Who sees whom: itself and its ancestors, the earlier positions that belong to all of its own rows.
-
-    Args:
-        owners: (R, T) uint8, a bit an ending. Padding belongs to none, so it sees all before it, and none
-            sees it, because it comes last.
-
-    Returns:
-        (R, 1, T, T) True where a row's position sees a column's.
-    """
-    T = owners.size(1)
-    see, seen = owners.unsqueeze(2), owners.unsqueeze(1)
-    earlier = torch.ones(T, T, dtype=torch.bool, device=owners.device).tril()
-    return (((see & seen) == see) & earlier).unsqueeze(1)
+def tree_mask(row_sets: Tensor) -> Tensor:
+    """Returns the attention mask (B, 1, T, T) of trees with row_sets (B, T); True where a node attends."""
+    T = row_sets.size(1)
+    query, key = row_sets.unsqueeze(2), row_sets.unsqueeze(1)  # (B, T, 1), (B, 1, T)
+    # An ancestor is an earlier node that all rows of the query pass through: its set contains the query's.
+    # Padding has the empty set, which all contain, so it attends to everything before it: with nothing to
+    # attend to, its softmax would be NaN. No node attends to padding, which comes last.
+    earlier = torch.ones(T, T, dtype=torch.bool, device=row_sets.device).tril()
+    return (((query & key) == query) & earlier).unsqueeze(1)
 
 
 def log_normalizers(hidden: Tensor, weight: Tensor) -> Tensor:
-    """log of the sum of exp(logits) over all words, (U,) float32, a block of words at a time.
+    """Returns log sum exp over the vocabulary of the logits of hidden (U, C) and weight (V, C), (U,) float32.
 
-    Args:
-        hidden: (U, C).
-        weight: (V, C), of the same dtype.
+    The (U, V) logits, the largest tensor by far, are never in memory at once.
     """
-    U, V = len(hidden), len(weight)
-    words = min(V, max(256, LOGITS_AT_ONCE.get(weight.device.type, 1 << 22) // U // 64 * 64))
-    normalizers = [_log_normalizer(hidden, block) for block in weight.split(words)]
+    chunk_size = max(256, LOGITS_AT_ONCE[weight.device.type] // len(hidden) // 64 * 64)
+    normalizers = []
+    for chunk in weight.split(chunk_size):
+        logits = linear(hidden, chunk).float()  # (U, chunk_size)
+        # In place, unlike torch.logsumexp: log_softmax(x) = x - log sum exp(x), so one column gives the sum.
+        first = logits[:, 0].clone()
+        normalizers.append(first - torch.log_softmax(logits, dim=1, out=logits)[:, 0])
+        del logits  # before the next chunk is computed, not after
     return torch.stack(normalizers, dim=1).logsumexp(dim=1)
-
-
-def _log_normalizer(hidden: Tensor, block: Tensor) -> Tensor:
-    """The same, (U,), of the words of a block; the logits end with this call."""
-    logits = linear(hidden, block).float()  # (U, words)
-    first = logits[:, 0].clone()  # log_softmax(x) is x - normalizer: one column tells it
-    return first - torch.log_softmax(logits, dim=1, out=logits)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,8 +259,8 @@ def _log_normalizer(hidden: Tensor, block: Tensor) -> Tensor:
 class HellaSwagResult(NamedTuple):
     """Counts over all ranks."""
 
-    num_correct_norm: int  # the right ending has the lowest mean loss
-    num_correct: int  # the right ending has the lowest summed loss
+    num_correct_norm: int  # the true ending has the lowest mean loss
+    num_correct: int  # the true ending has the lowest summed loss
     num_total: int
 
     @property
@@ -209,163 +272,151 @@ class HellaSwagResult(NamedTuple):
         return self.num_correct / self.num_total
 
 
+def examples_for_training(
+    directory: Path | None, limit: int | None, tokenizer: Tokenizer, block_size: int, dist: Distributed
+) -> list[Example]:
+    """Loads the first `limit` validation examples, or all, for `evaluate_hellaswag`; the same on all ranks.
+
+    Without a valid file, or with a character tokenizer: an empty list on all ranks, after one warning.
+    """
+    try:
+        if tokenizer.name == "char":
+            raise UserError("its text needs GPT-2's BPE, not a character tokenizer", "use --tokenizer gpt2")
+        # Rank 0 alone looks for the file and sends its rows, so ranks cannot disagree about the examples.
+        rows = dist.on_master(lambda: list(iter_examples("val", directory))[:limit])
+        return [make_example(row, index, tokenizer, block_size) for index, row in enumerate(rows)]
+    except UserError as error:
+        if dist.is_master:
+            print(f"warning: HellaSwag is off: {error}")
+        return []
+
+
 def evaluate_hellaswag(
     model: GPT, examples: Sequence[Example], dist: Distributed, dtype: torch.dtype,
     batch_tokens: int | None = None, poll: Callable[[], None] | None = None,
 ) -> HellaSwagResult:  # fmt: skip
-    """Accuracy on labelled examples, each of which is scored by one rank.
+    """Counts correct answers on labelled examples, the same ones on all ranks, each scored by one rank.
 
     Args:
         model: the raw module, neither compiled nor wrapped, on dist's device.
-        examples: the same on all ranks.
-        dtype: of the matrix products.
-        batch_tokens: positions that go through the model at one time; by default what suits the device.
-        poll: called after each batch, equally often on all ranks; what it raises ends the evaluation.
+        batch_tokens: nodes per forward pass; by default BATCH_TOKENS of the device.
+        poll: called after each batch, equally often on all ranks; an exception from it ends the evaluation.
     """
-    mine = examples[dist.rank :: dist.world_size]
-    counts = [0, 0, 0]
-    for batch in score_examples(model, mine, dtype, batch_tokens, dist):
-        if batch is not None:
-            counts = [before + more for before, more in zip(counts, count_correct(*batch))]
+    counts = np.zeros(3)
+    own = examples[dist.rank :: dist.world_size]
+    for batch, loss_sum in score_examples(model, own, dtype, batch_tokens, dist):
+        for example, losses in zip(batch, loss_sum):
+            is_correct_norm = (losses / example.divisors).argmin() == example.label
+            counts += is_correct_norm, losses.argmin() == example.label, 1
         if poll is not None:
             poll()
-    return HellaSwagResult(*(int(count) for count in dist.sum_numbers(*counts)))
+    return HellaSwagResult(*map(int, dist.sum_numbers(*counts)))
 
 
 def score_examples(
     model: GPT, examples: Sequence[Example], dtype: torch.dtype, batch_tokens: int | None, dist: Distributed
-) -> Iterator[tuple[list[Example], np.ndarray] | None]:
-    """Batches of examples with the summed losses (R, 4) of their endings; None where only others go on."""
+) -> Iterator[tuple[list[Example], np.ndarray]]:
+    """Yields batches of this rank's examples with their summed losses (B, 4).
+
+    All ranks yield equally often, so that the caller can use collectives in between: a rank that has finished
+    yields empty batches.
+    """
     batches = plan_batches(examples, batch_tokens or BATCH_TOKENS[dist.device.type])
+    batches += [[]] * (int(dist.max_number(len(batches))) - len(batches))
     was_training = model.training
     model.eval()
     try:
-        for number in range(int(dist.max_number(len(batches)))):
-            batch = [examples[i] for i in batches[number]] if number < len(batches) else None
-            yield None if batch is None else (batch, score_batch(model, batch, dtype))
-    finally:
+        for batch in batches:
+            yield batch, score_batch(model, batch, dtype) if batch else np.empty((0, NUM_ENDINGS))
+    finally:  # also if the caller stops early
         model.train(was_training)
-
-
-def predictions(batch: Sequence[Example], loss_sum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Endings (R,) with the lowest summed and with the lowest mean loss."""
-    return loss_sum.argmin(axis=1), (loss_sum / np.stack([e.divisors for e in batch])).argmin(axis=1)
-
-
-def count_correct(batch: Sequence[Example], loss_sum: np.ndarray) -> tuple[int, int, int]:
-    """(right by mean loss, right by summed loss, examples)."""
-    by_sum, by_mean = predictions(batch, loss_sum)
-    labels = np.array([example.label for example in batch])
-    return int((by_mean == labels).sum()), int((by_sum == labels).sum()), len(batch)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-class Progress:
-    """The running acc_norm: a bar on a terminal, else a line each tenth of the way.
-
-    The longest examples come first, so the early values are no fair sample.
-    """
-
-    def __init__(self, total: int, labelled: bool):
-        self.total, self.labelled = total, labelled
-        self.done = self.correct = 0
-        self.bar = None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit=" examples")
-
-    def advance(self, num_examples: int, num_correct: int) -> None:
-        tenths_before = 10 * self.done // self.total
-        self.done += num_examples
-        self.correct += num_correct
-        accuracy = f"acc_norm {self.correct / self.done:.4f}" if self.labelled else ""
-        if self.bar is not None:
-            self.bar.set_postfix_str(accuracy)
-            self.bar.update(num_examples)
-            if self.done == self.total:
-                self.bar.close()
-        elif 10 * self.done // self.total > tenths_before:
-            print(f"{self.done:,}/{self.total:,} {accuracy}".rstrip(), flush=True)
-
-
 def score_style(
     model: GPT, examples: Sequence[Example], dtype: torch.dtype, batch_tokens: int | None, style: str
-) -> tuple[list[dict[str, Any]], tuple[int, int]]:
-    """Scores all examples on this process, showing progress.
+) -> list[dict[str, Any]]:
+    """Scores all examples in this process and returns their records (`make_record`), in file order.
 
-    Returns:
-        (a record an example, in file order; how many are right by mean loss and by summed loss).
+    Shows the running acc_norm: a progress bar on a terminal, else one line per tenth of the examples. The
+    largest examples come first, so early values are not a fair sample.
     """
-    labelled = examples[0].label is not None
-    progress = Progress(len(examples), labelled)
-    records, correct, correct_norm = [], 0, 0
+    from tqdm import tqdm
+
+    records, accuracy = [], ""
     dist = Distributed(model.lm_head.weight.device)
-    for batch, loss_sum in score_examples(model, examples, dtype, batch_tokens, dist):
-        if not np.isfinite(loss_sum).all():
-            raise UserError("the model's losses are not finite", "use --dtype float32, or other weights")
-        by_sum, by_mean = predictions(batch, loss_sum)
-        records += results.batch_records(batch, loss_sum, by_sum, by_mean, style)
-        num_norm, num, total = count_correct(batch, loss_sum)
-        correct_norm, correct = correct_norm + num_norm, correct + num
-        progress.advance(total, num_norm)
-    return sorted(records, key=lambda record: record["index"]), (correct_norm, correct)
+    with tqdm(total=len(examples), unit=" examples", disable=None) as bar:  # None: only on a terminal
+        for batch, loss_sum in score_examples(model, examples, dtype, batch_tokens, dist):
+            if not np.isfinite(loss_sum).all():  # argmin would answer 0, and be right for a quarter
+                raise UserError("the model's losses are not finite", "use --dtype float32, or other weights")
+            tenths_before = 10 * len(records) // len(examples)
+            for example, losses in zip(batch, loss_sum):
+                record = make_record(example.index, example.label, style, losses, example.divisors)
+                records.append(record)
+            if examples[0].label is not None:
+                accuracy = f" acc_norm {correct_answers(records, 'prediction_norm').mean():.4f}"
+            bar.set_postfix_str(accuracy.strip(), refresh=False)
+            bar.update(len(batch))
+            if bar.disable and 10 * len(records) // len(examples) > tenths_before:
+                print(f"{len(records):,}/{len(examples):,}{accuracy}", flush=True)
+    return sorted(records, key=lambda record: record["index"])
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="eval_hellaswag.py", description="HellaSwag accuracy of a model.")
     add = parser.add_argument
-    add("-m", "--model-name", default="gpt2", help="gpt2[-medium|-large|-xl], checkpoint or folder")
+    add("-m", "--model-name", default="gpt2", help="gpt2[-medium|-large|-xl], checkpoint or model folder")
     add("-d", "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--split", choices=("val", "train", "test"), default="val", help="test, unlabelled, needs --output")
-    add("--limit", type=positive_int, metavar="N", help="the first N examples only")
-    add("--style", choices=(*results.STYLES, "both"), default="completion", help="convention of the numbers")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of matrix products")
-    add("--batch-tokens", type=positive_int, metavar="N", help="positions at one time; default: by device")
-    add("--hellaswag-dir", type=Path, metavar="DIR", help="default: HELLASWAG_DIR, or hellaswag/")
-    add("--output", type=Path, metavar="FILE", help="write a JSON line for each example, in file order")
-    add("--compare", type=Path, nargs=2, metavar="FILE", help="two files of --output: McNemar's paired test")
+    add("--split", choices=("val", "train", "test"), default="val", help="test has no labels: use --output")
+    add("--limit", type=positive_int, metavar="N", help="score the first N examples only")
+    add("--style", choices=(*STYLES, "both"), default="completion", help="see README, HellaSwag")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the matmuls")
+    add("--batch-tokens", type=positive_int, metavar="N", help="tokens per forward pass; default: by device")
+    add("--hellaswag-dir", type=Path, metavar="DIR", help="folder; default: $HELLASWAG_DIR, else hellaswag/")
+    add("--output", type=Path, metavar="FILE", help="write one JSON line per example, in file order")
+    add("--compare", type=Path, nargs=2, metavar="FILE", help="McNemar's test of two files from --output")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if args.compare:
-        print(results.compare(*args.compare))
+        print(compare(*args.compare))
         return 0
     if args.split == "test" and args.output is None:
         raise UserError("test has no labels, so no accuracy", "add --output FILE for the predictions")
     if args.output is not None:
-        results.check_writable(args.output)
-    find_or_download(choose_directory(args.hellaswag_dir), args.split)  # fails before the model is loaded
+        check_writable(args.output)
+    styles = tuple(STYLES) if args.style == "both" else (args.style,)
+    # Everything that can fail quickly comes before loading the model.
+    path = find_or_download(choose_directory(args.hellaswag_dir), args.split)
+    rows = read_rows(path, args.split, for_harness="lm-eval" in styles)[: args.limit]
     device = choose_device(args.device).value
     dtype, reason = choose_dtype(args.dtype, device)
     model = GPT.load(args.model_name, device)
-    tokenizer = choose_tokenizer(model, args.model_name)
-    all_records = {}
-    for style in results.STYLES if args.style == "both" else (args.style,):
-        examples = load_examples(
-            args.hellaswag_dir, args.split, args.limit, tokenizer, model.config.block_size, style,
-            say=print if not all_records else lambda line: None,
-        )  # fmt: skip
-        num_shortened = sum(example.num_shortened for example in examples)
-        if num_shortened:
-            print(f"{num_shortened} rows keep their last {model.config.block_size} tokens, the block size")
+    choose_matmul(model)
+    tokenizer = tokenizer_for(args.model_name, model.tokenizer_state, model.config.vocab_size)
+    block_size = model.config.block_size
+    records = {}
+    for style in styles:
+        examples = [make_example(row, i, tokenizer, block_size, style) for i, row in enumerate(rows)]
+        if num_shortened := sum(example.num_shortened for example in examples):
+            print(f"{num_shortened} rows keep their last {block_size} tokens, the block size")
         started = time.perf_counter()
-        all_records[style], correct = score_style(model, examples, dtype, args.batch_tokens, style)
+        records[style] = score_style(model, examples, dtype, args.batch_tokens, style)
         seconds = time.perf_counter() - started
         if args.split != "test":
-            print(results.summary(style, *correct, len(examples), args.model_name))
+            print(summary(style, records[style], args.model_name))
         print(
-            f"  {len(examples) / seconds:,.1f} examples/s on {device} in {str(dtype)[6:]} ({reason}), "
+            f"  {len(rows) / seconds:,.1f} examples/s on {device} in {str(dtype)[6:]} ({reason}), "
             f"peak memory {peak_memory_bytes(device) / 1e9:.2f} GB"
         )
     if args.output is not None:
-        results.write_results(args.output, results.merge_styles(all_records))
-        print(f"{len(examples):,} lines in {args.output}")
+        write_results(args.output, merge_styles(records))
+        print(f"{len(rows):,} lines in {args.output}")
     return 0
 
 

@@ -1,90 +1,149 @@
 """Trains a GPT-2: on a laptop, on one GPU, or on many.
 
-    python train_gpt.py                                        whatever this machine can do
+    python train_gpt.py                                        what suits this machine and its data
     python train_gpt.py --preset char --data input.txt         a character model in a minute
     torchrun --standalone --nproc_per_node=8 train_gpt.py      the GPT-2 124M run on FineWeb-Edu
 
-The constants are the faithful run and the defaults of the flags; a preset is a small table of overrides.
-"""
+The constants are the faithful run; each line declares a constant and the flag of which it is the default. A
+preset is a small table of other defaults.
 
-from __future__ import annotations
+Shapes: B micro-batch, T time (tokens of a window).
+"""
 
 import math
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from eval_hellaswag import evaluate_hellaswag
+from eval_hellaswag import evaluate_hellaswag, examples_for_training
 from generate import sample_texts
 from gpt_model import GPT, GPTConfig
-from utils import cpu_matmul as products
-from utils import distributed, runtime
+from utils import runtime
+from utils.command_line import (
+    Unfinished,
+    UserError,
+    format_duration,
+    non_negative_float,
+    non_negative_int,
+    perplexity,
+    positive_float,
+    positive_int,
+    run_script,
+)
 from utils.data_loader import WindowLoader
-from utils.distributed import Distributed
-from utils.errors import Unfinished, UserError, run_script
-from utils.hellaswag.examples import examples_for_training
-from utils.training import dry_run as plan
-from utils.training import flags as train_flags
-from utils.training import log_directory as run_dir
-from utils.training import micro_batch, on_track, resume
-from utils.training.data_source import choose_source, choose_tokenizer, fetch, open_streams
-from utils.training.guards import SpikeFilter, stop_if_diverged, stop_if_not_finite
-from utils.training.mirrors import Mirrors, check_installed
-from utils.training.report import write_report
-from utils.training.resume import Progress
-from utils.training.run_log import RunLog, Speedometer, format_duration, perplexity
-from utils.training.settings import accumulation_steps, check_model_reads, check_training_settings
+from utils.distributed import Distributed, environment_local_rank, join_job
+from utils.training.data_source import (
+    Data,
+    available_tokenizer,
+    check_model_reads,
+    choose_source,
+    fetch,
+    open_data,
+)
+from utils.training.dry_run import Plan, dry_run, outline_if_too_large
+from utils.training.flags import Flags, accumulation_steps, check_training_settings, int_or_auto, read_flags
+from utils.training.guards import SpikeFilter, stop_on_divergence, stop_on_non_finite_val_loss
+from utils.training.log_directory import reserved
+from utils.training.micro_batch import (
+    choose_micro_batch,
+    explain_out_of_memory,
+    forward_backward,
+    settle_gradient_buckets,
+)
+from utils.training.resume import Identity, find_checkpoint, identity_of, save_checkpoint, start_or_resume
+from utils.training.run_log import RunLog, Speedometer
 from utils.training.signals import Stopped, StopSignals
-from utils.weights.checkpoint import newest_model_file
+from utils.training.state import TrainState
 
 # ------------------------------------------------------------------------------------------------------------
-# The faithful run: GPT-2 124M, 10 billion tokens (settings of GPT-3 Small, Brown et al. 2020, table 2.1).
-# A constant that has a flag of its name is that flag's default.
-
-N_LAYER, N_HEAD, N_EMBD = 12, 12, 768
-SEQ_LEN = 1024  # T, also the block size
-MICRO_BATCH = 64  # B, rows that go through the model at one time
-TOTAL_BATCH_TOKENS = 524288  # 2**19 tokens an update, over all ranks and micro-steps
-MAX_STEPS = 19073  # updates: 10e9 tokens / 2**19
-WARMUP_STEPS = 715  # 375 million tokens
-MAX_LR, MIN_LR = 6e-4, 6e-5
-WEIGHT_DECAY, GRAD_CLIP = 0.1, 1.0
-SKIP_SPIKES = 0.0  # sigmas; off
-VAL_EVERY, VAL_TOKENS = 250, 10485760
-HELLASWAG_EVERY, HELLASWAG_EXAMPLES, HELLASWAG_DIR = 250, None, None  # all of hellaswag/hellaswag_val.jsonl
-SAMPLE_EVERY, SAMPLE_PROMPT, SAMPLE_TOKENS, NUM_SAMPLES = 250, "Hello, I'm a language model,", 32, 4
-CHECKPOINT_EVERY, KEEP_CHECKPOINTS, KEEP_EVERY = 1000, 2, 5000
-TOKENIZER, SHUFFLE, SEED = "gpt2", "on", 1337
-DIST_TIMEOUT = 600  # seconds
-LOG_DIR = Path(__file__).resolve().parent / "log"
+# The faithful run: GPT-2 124M on 10 billion tokens, with the settings of GPT-3 Small (Brown et al. 2020,
+# table 2.1). flag(name, default, type, help) declares a flag and returns its default, so a constant and its
+# flag are one line and cannot drift apart; a new hyperparameter is one line more.
 
 # fmt: off
+flag = Flags()
+
+flag.group("model and data")
+DATA = flag("--data", None, str, "shards or text file; default: edu_fineweb10B/, input.txt, else a download")
+TOKENIZER = flag("--tokenizer", "gpt2", ("gpt2", "char"), "how a text file becomes tokens")
+SHUFFLE = flag("--shuffle", "on", ("on", "off"), "windows in a seeded random order, or in that of the data")
+INIT_FROM = flag("--init-from", None, str, "start from gpt2[-medium|-large|-xl], a checkpoint or a folder")
+N_LAYER = flag("--n-layer", 12, positive_int, "number of layers")  # 12, 12, 768: GPT-2 124M
+N_HEAD = flag("--n-head", 12, positive_int, "number of attention heads")
+N_EMBD = flag("--n-embd", 768, positive_int, "number of channels")
+SEQ_LEN = flag("--seq-len", 1024, positive_int, "T: tokens of a window, and block size of a new model")
+
+flag.group("recipe")
+# B changes speed and memory only: an update sees TOTAL_BATCH_TOKENS for any B and any number of ranks.
+MICRO_BATCH = flag("--micro-batch", 64, int_or_auto, "B: windows per forward pass; auto: as many as fit")
+TOTAL_BATCH_TOKENS = flag("--total-batch-tokens", 2**19, positive_int, "tokens of an update, over all ranks")
+MAX_STEPS = flag("--max-steps", 19073, positive_int, "number of updates")  # 10e9 tokens / 2**19
+WARMUP_STEPS = flag("--warmup-steps", 715, non_negative_int, "updates of linear warmup")  # 375M tokens
+MAX_LR = flag("--max-lr", 6e-4, positive_float, "peak learning rate")
+MIN_LR = flag("--min-lr", 6e-5, non_negative_float, "final learning rate")  # a tenth of the peak
+WEIGHT_DECAY = flag("--weight-decay", 0.1, non_negative_float, "for parameters with at least two dimensions")
+GRAD_CLIP = flag("--grad-clip", 1.0, positive_float, "maximum norm of the gradient")  # Pascanu et al. 2013
+SKIP_SPIKES = flag("--skip-spikes", 0.0, non_negative_float, "skip norms Z sigmas above the mean; 0: none")
+SEED = flag("--seed", 1337, non_negative_int, "seed of initial weights and data order")
+
+flag.group("evaluation (every N steps and after the last; 0: never)")
+VAL_EVERY = flag("--val-every", 250, non_negative_int, "steps between validations")
+VAL_TOKENS = flag("--val-tokens", 10485760, positive_int, "tokens of a validation; at most the whole split")
+HELLASWAG_EVERY = flag("--hellaswag-every", 250, non_negative_int, "steps between HellaSwag evaluations")
+HELLASWAG_EXAMPLES = flag("--hellaswag-examples", None, positive_int, "the first N examples; default: all")
+HELLASWAG_DIR = flag("--hellaswag-dir", None, Path, "folder of its file; default: $HELLASWAG_DIR, hellaswag/")
+SAMPLE_EVERY = flag("--sample-every", 250, non_negative_int, "steps between samples")
+SAMPLE_PROMPT = flag("--sample-prompt", "Hello, I'm a language model,", str, "prompt of the samples")
+SAMPLE_TOKENS, NUM_SAMPLES = 32, 4  # per sample; samples each time
+flag("--eval-only", False, bool, "print the val loss of --init-from or of the newest checkpoint, and stop")
+
+flag.group("running")
+LOG_DIR = flag("--log-dir", Path(__file__).resolve().parent / "log", Path, "folder of logs and checkpoints")
+flag("--resume", None, str, "continue from the newest checkpoint, or this one", nargs="?", const="newest")
+CHECKPOINT_EVERY = flag("--checkpoint-every", 1000, non_negative_int, "steps between saves; 0: the last only")
+KEEP_CHECKPOINTS = flag("--keep-checkpoints", 2, positive_int, "newest checkpoints to keep for resuming")
+KEEP_EVERY = flag("--keep-every", 5000, non_negative_int, "keep models of multiples of N steps; 0: last only")
+DEVICE = flag("--device", "auto", str, "auto, cpu, cuda, cuda:N or mps")
+DTYPE = flag("--dtype", "auto", ("auto", *runtime.DTYPES), "dtype of matmuls")
+COMPILE = flag("--compile", "auto", "on", "use torch.compile; auto: where it pays")
+flag("--no-compile", None, "off", "do not use torch.compile", dest="compile")
+flag("--deterministic", False, bool, "the same bits in every run, where the device can")
+flag("--tensorboard", False, bool, "mirror the metrics to TensorBoard, in the log directory")
+flag("--wandb", False, bool, "mirror the metrics to Weights & Biases")
+flag("--dry-run", False, bool, "print the plan, measure a few steps, and train nothing")
+flag("--cost-per-hour", None, positive_float, "of all machines together; --dry-run prints the cost")
+DIST_TIMEOUT = flag("--dist-timeout", 600, positive_float, "seconds after which a hanging rank ends the job")
+
 PRESETS = {
     "gpt2": {},
-    # Two CPU cores, a few minutes, a megabyte of text. Narrow: the 50304 words are most of the work.
+    # A minute or two on two CPU cores, for a megabyte of text. Narrow, because the 50,304-token output layer
+    # dominates the cost.
     "tiny": dict(
         n_layer=4, n_head=4, n_embd=64, seq_len=64, micro_batch=8, total_batch_tokens=512,
         max_steps=1000, warmup_steps=100, max_lr=8e-3, min_lr=4e-4,
         val_every=250, hellaswag_every=0, sample_every=500, checkpoint_every=500,
     ),
-    # Characters instead of words, in less than a minute. Two wide layers learn faster than four narrow ones.
+    # Less than a minute. The vocabulary is small, and two wide layers learn faster than four narrow ones.
     "char": dict(
         tokenizer="char", n_layer=2, n_head=5, n_embd=160, seq_len=64, micro_batch=12, total_batch_tokens=768,
         max_steps=1200, warmup_steps=100, max_lr=4e-3, min_lr=1e-4,
         val_every=400, hellaswag_every=0, sample_every=600, checkpoint_every=600,
     ),
 }
-
+flag.group("model and data")
+flag("--preset", "auto", tuple(PRESETS), "auto: gpt2 on CUDA with shards, else tiny")
 # fmt: on
 
 
 def read_arguments(argv: list[str] | None = None) -> tuple[Namespace, str]:
     """Settings: flags over the preset over the constants above. Also returns why the preset was chosen."""
-    return train_flags.read_arguments(argv, globals(), PRESETS)
+    return read_flags(flag, argv, PRESETS)
 
 
 def learning_rate_for(
@@ -94,36 +153,17 @@ def learning_rate_for(
     warmup_steps: int = WARMUP_STEPS,
     max_steps: int = MAX_STEPS,
 ) -> float:
-    """Learning rate of update `step`: linear warmup, half a cosine, and `min_lr` from `max_steps` on."""
+    """Learning rate of update `step`: linear warmup, half a cosine (Loshchilov & Hutter 2017), `min_lr`."""
     if step < warmup_steps:
-        return max_lr * (step + 1) / warmup_steps
+        return max_lr * (step + 1) / warmup_steps  # step + 1: the first update is not wasted on a rate of 0
     if step >= max_steps:
         return min_lr
-    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)  # 0 after warmup, 1 at the end
     return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (max_lr - min_lr)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The parts of a pass
-
-
-class Run(NamedTuple):
-    """Everything the parts need."""
-
-    args: Namespace
-    dist: Distributed
-    stop: StopSignals
-    dtype: torch.dtype  # of matrix products, under autocast
-    tokenizer: Any
-    model: GPT  # the raw module: evaluated, sampled from, saved
-    trained_model: torch.nn.Module  # the same weights, compiled and wrapped: trained through
-    optimizer: torch.optim.Optimizer
-    scaler: Any  # of the loss, in fp16
-    spikes: SpikeFilter
-    train_loader: WindowLoader
-    val_loader: WindowLoader
-    hellaswag: list  # examples; empty where it is off
-    micro_steps: int  # of an update
+# The parts of a step
 
 
 @torch.no_grad()
@@ -133,252 +173,278 @@ def evaluate(
     num_tokens: int,
     dist: Distributed,
     dtype: torch.dtype,
-    poll=lambda: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean loss in nats on the first `num_tokens` val tokens, the same for any ranks and any micro-batch.
+    """Mean loss in nats on the first `num_tokens` val tokens, for any number of ranks and any micro-batch.
 
-    `poll` is called before every batch, equally often on all ranks; what it raises ends the evaluation.
+    `poll` is called before every batch, equally often on all ranks; its exceptions end the evaluation.
     """
-    model.eval()
+    model.eval()  # like train() below, without effect today: there is no dropout
     loss_sum, count = 0.0, 0
     for batch in loader.val_batches(num_tokens):
-        poll()
-        if batch is not None:  # this rank has one in this round
+        poll()  # may raise Stopped: an evaluation takes minutes, a batch system waits for seconds
+        if batch is not None:  # None: only other ranks have a batch left in this round
             with runtime.autocast(dist.device, dtype):
                 _, loss = model(*batch, return_logits=False)
+            # Weighted by tokens: the last batch may have fewer rows.
             loss_sum += loss.item() * batch[0].numel()
             count += batch[0].numel()
     model.train()
+    # Sums and counts are reduced, not means: ranks may have evaluated different numbers of tokens.
     loss_sum, count = dist.sum_numbers(loss_sum, count)
     return loss_sum / count
 
 
-def update(run: Run, batches: Iterator, progress: Progress) -> tuple[float, float, float]:
-    """One step of the optimizer. Returns the mean loss of its tokens, the gradient's norm, the learning rate.
+def update(
+    state: TrainState,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    lr: float,
+    grad_clip: float,
+    micro_steps: int,
+    dist: Distributed,
+    dtype: torch.dtype,
+    poll: Callable[[], None] = lambda: None,
+    describe_batch: Callable[[int], str] = "micro-batch {}".format,
+) -> tuple[float, float]:
+    """One update: `micro_steps` micro-batches forward and backward, then a step of the optimizers.
+
+    Args:
+        batches: of this rank, (idx, targets), each (B, T).
+        poll: called before every micro-step; an exception of it leaves the weights unchanged.
+        describe_batch: where micro-step i's batch comes from, for the message of a non-finite loss.
+
+    Returns:
+        The mean loss of all tokens of the update in nats, and the norm of the gradient before clipping.
 
     Raises:
-        Diverged: the loss, or but for fp16 the norm, is not finite on some rank, and the weights are as they
-            were; or too many spikes have been skipped.
-        Stopped: a signal came; the step has not happened.
+        Diverged: the loss is not finite on some rank, or the norm is not (except in fp16), and the weights
+            are unchanged; or too many spikes were skipped.
     """
-    args, dist, losses = run.args, run.dist, []
-    for micro_step in range(run.micro_steps):
-        run.stop.poll()
-        x, y = next(batches)
-        # Gradients are exchanged in the last micro-step only; DDP wants to know before its forward pass.
-        with dist.exchange_gradients(run.trained_model, now=micro_step == run.micro_steps - 1):
-            with runtime.autocast(dist.device, run.dtype):
-                _, loss = run.trained_model(x, y, return_logits=False)
-            run.scaler.scale(loss / run.micro_steps).backward()
-        losses.append(loss.detach())
-    run.scaler.unscale_(run.optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.grad_clip)
+    losses = []
+    for micro_step in range(micro_steps):
+        poll()
+        idx, targets = next(batches)
+        # Gradients are exchanged once per update, in the last micro-step. DDP has to know that before its
+        # forward pass, so the context covers both passes.
+        with dist.exchange_gradients(state.trained_model, now=micro_step == micro_steps - 1):
+            losses.append(
+                forward_backward(state.trained_model, idx, targets, dtype, state.scaler, micro_steps)
+            )
+    for optimizer in state.optimizers.values():
+        state.scaler.unscale_(optimizer)  # fp16: clip and report the true gradient, not the scaled one
+    norm = nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
+    # Each rank has seen equally many tokens, so the mean of the ranks' means is the mean over all tokens.
     loss = dist.mean(torch.stack(losses).mean())
-    loss, norm = torch.stack([loss, norm]).tolist()  # the step's one synchronisation with the device
-    stop_if_diverged(run, progress.step, progress.windows, loss, norm, losses)
-    lr = learning_rate_for(progress.step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    if run.spikes.accepts(norm):
-        run.scaler.step(run.optimizer)
-    run.scaler.update()
-    run.optimizer.zero_grad(set_to_none=True)
-    return loss, norm, lr
+    loss, norm = torch.stack([loss, norm]).tolist()  # the only synchronisation with the device in a step
+    # Checked before the optimizer's step: a non-finite gradient would destroy the weights.
+    step, last_good = state.progress.step, state.newest_checkpoint
+    stop_on_divergence(step, loss, norm, losses, state.scaler, dist, describe_batch, last_good)
+    accepted = state.spikes.accepts(norm)
+    for optimizer in state.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if accepted:
+            state.scaler.step(optimizer)  # does nothing if an fp16 gradient has overflowed
+        optimizer.zero_grad(set_to_none=True)  # frees the memory instead of writing zeros
+    state.scaler.update()  # the scale for the next update: halved after an overflow
+    return loss, norm
 
 
-def write_samples(run: Run, log: RunLog, step: int) -> None:
+class Run(NamedTuple):
+    """Objects shared by the parts of the training loop."""
+
+    args: Namespace
+    dist: Distributed
+    stop: StopSignals
+    dtype: torch.dtype  # of matmuls, under autocast
+    state: TrainState
+    data: Data
+    train_loader: WindowLoader
+    val_loader: WindowLoader
+    hellaswag: list[Any]  # tokenized examples; empty where HellaSwag is off
+    micro_steps: int  # of an update
+    plan: Plan
+    identity: Identity  # what a checkpoint must match
+
+
+def write_samples(run: Run, log: RunLog) -> None:
     """Lets the model continue the prompt, on rank 0."""
     if not run.dist.is_master:
         return
-    run.model.eval()
+    model, tokenizer, prompt = run.state.model, run.data.tokenizer, run.args.sample_prompt
+    model.eval()
     try:
         with runtime.autocast(run.dist.device, run.dtype):
-            prompt = run.args.sample_prompt
-            texts = sample_texts(
-                run.model, run.tokenizer, prompt, NUM_SAMPLES, SAMPLE_TOKENS, seed=42, top_k=50
-            )
-        log.sample(step, texts)
+            # A fixed seed of a generator of its own: sampling changes no other random number of the run.
+            texts = sample_texts(model, tokenizer, prompt, NUM_SAMPLES, SAMPLE_TOKENS, seed=42, top_k=50)
+        log.log_samples(run.state.progress.step, texts)
     except FloatingPointError as error:
         log.say(f"generation skipped: {error}")
-    run.model.train()
+    model.train()
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def train(run: Run, log: RunLog, progress: Progress) -> None:
-    """MAX_STEPS updates, and one more pass for the last evaluation and the last checkpoint."""
-    args, dist, poll = run.args, run.dist, run.stop.poll
+def train(run: Run, log: RunLog) -> None:
+    """MAX_STEPS updates, and one more pass for the final evaluation and checkpoint."""
+    args, dist, state, poll = run.args, run.dist, run.state, run.stop.poll
+    progress = state.progress
     windows_per_step = args.total_batch_tokens // args.seq_len
-    batches = run.train_loader.train_batches(progress.windows, windows_per_step)
-    flops = run.model.flops_per_token(args.seq_len) * args.total_batch_tokens
+    # The position in the data is a count of windows, not of steps: the batch may change at a resume.
+    batches = run.train_loader.train_batches(progress.windows)
+    flops = state.model.flops_per_token(args.seq_len) * args.total_batch_tokens
     peak = runtime.peak_flops(dist.device, dist.world_size)
     speedometer = Speedometer(args.total_batch_tokens, args.max_steps, flops, peak)
-    faithful = on_track.is_faithful_recipe(args, run.model.config, run.train_loader.stream.fingerprint())
-    while True:
+    while True:  # pass `step` evaluates the weights after `step` updates, then makes the next one
         last = progress.step == args.max_steps
-        if progress.is_due("val", args.val_every, last):
-            progress.val_loss = evaluate(run.model, run.val_loader, args.val_tokens, dist, run.dtype, poll)
-            stop_if_not_finite(progress.val_loss, progress.step, args.log_dir)
-            tokens = progress.windows * args.seq_len
-            verdict = on_track.verdict(progress.step, progress.val_loss, faithful)
-            log.validation(progress.step, progress.val_loss, tokens, progress.seconds, verdict)
+        # Evaluations use the raw module, which shares the weights: no recompilation, no DDP hooks. `done`
+        # goes into the checkpoint, so a run that is stopped in between repeats none and omits none.
+        if progress.is_due("val", args.val_every, last=last):
+            loss = evaluate(state.model, run.val_loader, args.val_tokens, dist, run.dtype, poll)
+            stop_on_non_finite_val_loss(loss, progress.step, state.newest_checkpoint)  # before it is logged
+            log.log_validation(progress.step, loss, progress.windows * args.seq_len, progress.seconds)
+            progress.val_loss = loss
             progress.done.append("val")
-        if run.hellaswag and progress.is_due("hella", args.hellaswag_every, last):
-            result = evaluate_hellaswag(run.model, run.hellaswag, dist, run.dtype, poll=poll)
-            log.hellaswag(progress.step, result.num_correct_norm, result.num_total)
+        if run.hellaswag and progress.is_due("hella", args.hellaswag_every, last=last):
+            result = evaluate_hellaswag(state.model, run.hellaswag, dist, run.dtype, poll=poll)
+            log.log_hellaswag(progress.step, result.num_correct_norm, result.num_total)
             progress.done.append("hella")
-        if progress.is_due("samples", args.sample_every, last) and progress.step > 0:
-            write_samples(run, log, progress.step)
+        if progress.step > 0 and progress.is_due("samples", args.sample_every, last=last):
+            write_samples(run, log)
             progress.done.append("samples")
-        if last or (progress.is_due("checkpoint", args.checkpoint_every, last) and progress.step > 0):
-            saved = resume.save(run, log, progress)
-        if progress.is_due("plot", args.val_every, last) and progress.step > 0:
-            log.plot()
+        if last or (progress.step > 0 and progress.is_due("checkpoint", args.checkpoint_every, last=last)):
+            # After the evaluations, so that the checkpoint knows its val loss.
+            saved = save_checkpoint(state, run.identity, args, log, dist)
+        if progress.step > 0 and progress.is_due("plot", args.val_every, last=last):
+            log.draw_curves()
         if last:
-            break
+            break  # the log ends with an evaluation of the final weights, and they are saved
+        lr = learning_rate_for(progress.step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
         started = time.perf_counter()  # the clock covers the update and nothing else
-        loss, norm, lr = update(run, batches, progress)
+        loss, norm = update(
+            state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll,
+            lambda i: run.train_loader.describe_batch(progress.windows, i, run.data.tokenizer.decode),
+        )  # fmt: skip
         speed = speedometer.measure(progress.step, time.perf_counter() - started)
         memory = runtime.peak_memory_bytes(dist.device)
-        log.update(progress.step, loss, norm, lr, speed, run.spikes.num_skipped, memory)
-        progress.updated(windows_per_step, speed.seconds)
+        log.log_update(progress.step, loss, norm, lr, speed, state.spikes.num_skipped, memory)
+        progress.complete_update(windows_per_step, speed.seconds)
     if not saved:
         raise Unfinished("the final checkpoint could not be saved", "make room on the disk, then --resume")
 
 
-def load_model_and_data(args: Namespace, dist: Distributed):
-    """The model, fresh or loaded, its tokenizer, and the data as it reads it.
+# ------------------------------------------------------------------------------------------------------------
+# Before and after the loop
 
-    Returns:
-        (model, tokenizer, train stream, val stream, why this data).
+
+def load_model_and_data(args: Namespace, dist: Distributed) -> tuple[GPT, Data]:
+    """Loads or initialises the model, and opens the data with its tokenizer.
+
+    Raises:
+        UserError: the data or the model is missing or damaged, or the model cannot read the data.
     """
     model = GPT.load(args.init_from, dist.device) if args.init_from else None
-    tokenizer_state = model.tokenizer_state if model else {"name": choose_tokenizer(args.tokenizer, dist)}
     args.seq_len = args.seq_len or model.config.block_size
-    source = fetch(choose_source(args.data), dist)
-    tokenizer, train_stream, val_stream = open_streams(source, tokenizer_state, args.seq_len, dist)
+    tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
+    data = open_data(fetch(choose_source(args.data), dist), tokenizer, args.seq_len, dist)
     if model is None:
         sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-        model = GPT(GPTConfig(args.seq_len, tokenizer.vocab_size, **sizes)).to(dist.device)
-    check_model_reads(model.config, args.seq_len, tokenizer.num_words)
-    return model, tokenizer, train_stream, val_stream, source.reason
+        config = GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
+        # A dry run tells that a model is too large without trying to allocate it.
+        outline = outline_if_too_large(lambda: GPT(config), dist.device) if args.dry_run else None
+        model = outline or GPT(config).to(dist.device)
+    check_model_reads(model.config, args.seq_len, data.tokenizer)
+    return model, data
 
 
 def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[str, str]) -> Run:
-    """Decides, checks and builds all that the loop needs; `reasons` collects the decisions in words."""
+    """Decides, checks and builds all that the loop needs; `reasons` collects the decisions as text."""
+    # Each decision comes with its reason, which is printed: nothing is chosen in silence.
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     compiles = runtime.choose_compile(args.compile, dist.device)
-    numerics = runtime.set_numerics(args.seed, args.deterministic)
-    if dist.device.type == "cpu" and dtype.value == torch.float32 and not compiles.value:
-        numerics = f"{products.described()}; {numerics}"
-    model, tokenizer, train_stream, val_stream, why = load_model_and_data(args, dist)
-    torch.manual_seed(args.seed + dist.rank)  # weights are alike on all ranks, later draws are not
+    numerics = runtime.set_numerics(args.seed, deterministic=args.deterministic)
+    model, data = load_model_and_data(args, dist)
+    matmul = runtime.choose_matmul(model)
+    torch.manual_seed(args.seed + dist.rank)  # weights are equal on all ranks, later draws are not
     if args.micro_batch == "auto":
-        usual = PRESETS[args.preset].get("micro_batch", MICRO_BATCH)
-        args.micro_batch, reasons["micro-batch"] = micro_batch.choose(args, model, dist, dtype.value, usual)
-    trained_model = dist.wrap(torch.compile(model) if compiles.value else model)
+        preset_value = PRESETS[args.preset].get("micro_batch", MICRO_BATCH)
+        args.micro_batch, reasons["micro-batch"] = choose_micro_batch(
+            args, model, dist, dtype.value, preset_value
+        )
+    # The compiled and wrapped module shares its weights with `model`, which evaluations and checkpoints use:
+    # its parameter names carry no prefix.
+    trained_model = torch.compile(model) if compiles.value else model
+    if not model.lm_head.weight.is_meta:
+        trained_model = dist.wrap(trained_model)
     optimizer = model.configure_optimizers(args.weight_decay, args.max_lr, dist.device.type, dist.is_master)
+    scaler = runtime.make_scaler(dist.device, dtype.value)
     micro_steps = accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size)
     place = (args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
-    reasons["data"] = f"{train_stream.name} ({why}), tokenizer {tokenizer.name}"
+    # Only training is shuffled: validation reads the same tokens every time.
+    train_loader = WindowLoader(data.train, *place, seed=args.seed if args.shuffle == "on" else None)
+    val_loader = WindowLoader(data.val, *place)
+    hellaswag = []
+    if args.hellaswag_every:
+        hellaswag = examples_for_training(
+            args.hellaswag_dir, args.hellaswag_examples, data.tokenizer, model.config.block_size, dist
+        )
+    reasons["data"] = f"{data.train.name} ({data.reason}), tokenizer {data.tokenizer.name}"
     reasons["numerics"] = (
-        f"{str(dtype.value)[len('torch.') :]} ({dtype.reason}); {numerics}; "
+        f"{str(dtype.value)[len('torch.') :]} ({dtype.reason}); {matmul}; {numerics}; "
         f"compile {'on' if compiles.value else 'off'} ({compiles.reason})"
     )
-    return Run(
-        args=args,
-        dist=dist,
-        stop=stop,
-        dtype=dtype.value,
-        tokenizer=tokenizer,
-        model=model,
-        trained_model=trained_model,
-        optimizer=optimizer,
-        scaler=runtime.make_scaler(dist.device, dtype.value),
-        spikes=SpikeFilter(args.skip_spikes),
-        train_loader=WindowLoader(train_stream, *place, seed=args.seed if args.shuffle == "on" else None),
-        val_loader=WindowLoader(val_stream, *place),
-        hellaswag=examples_for_training(args, tokenizer, model.config.block_size, dist),
-        micro_steps=micro_steps,
-    )
+    state = TrainState(model, trained_model, {"optimizer": optimizer}, scaler, SpikeFilter(args.skip_spikes))
+    plan = Plan(args, model, train_loader, val_loader, micro_steps, dist, reasons)
+    identity = identity_of(args, model.config, data, dist, dtype.value)
+    loaders = (train_loader, val_loader)
+    return Run(args, dist, stop, dtype.value, state, data, *loaders, hellaswag, micro_steps, plan, identity)
 
 
-def run_to_the_end(run: Run, reasons: dict[str, str]) -> int:
-    """Resumes or starts, trains, and says where everything is. Returns the exit code."""
-    args, dist, started = run.args, run.dist, time.perf_counter()
-    progress = Progress()
-    warnings = resume.begin(run, progress)
-    if progress.is_complete(args, bool(run.hellaswag)):
-        if dist.is_master:
-            model = progress.resumed_from or args.resume
-            print(f"already complete: step {progress.step} of {args.max_steps}, the model is {model}")
-        return 0
-    with RunLog(args.log_dir, dist.is_master, args.max_steps, progress.step) as log:
-        for line in plan.describe(run, reasons) + plan.space_warning(run) + warnings:
+def run_to_the_end(run: Run, lines: list[str]) -> int:
+    """Trains from the current state, and tells where everything is. Returns the exit code.
+
+    Args:
+        lines: for the console, after the plan.
+    """
+    args, dist, state, started = run.args, run.dist, run.state, time.perf_counter()
+    step = state.progress.step
+    with RunLog(args.log_dir, is_master=dist.is_master, max_steps=args.max_steps, start_step=step) as log:
+        for line in run.plan.lines() + run.plan.space_warning() + lines:
             log.say(line)
-        if dist.is_master and (args.tensorboard or args.wandb):
-            settings = plan.record(run, reasons)["settings"]
-            log.mirrors = Mirrors(
-                args.tensorboard, args.wandb, args.log_dir, settings, progress.step, log.say
-            )
-        log.record("run", step=progress.step, **plan.record(run, reasons))
+        record = dict(settings=run.identity.settings, environment=run.identity.environment)
+        record.update(step=step, reasons=run.plan.reasons, parameters=state.model.num_parameters())
+        log.log_start(record, tensorboard=args.tensorboard, wandb=args.wandb)
         try:
-            autocast = runtime.autocast(dist.device, run.dtype)
-            dist.settle_gradient_buckets(run.trained_model, args.micro_batch, args.seq_len, autocast)
-            train(run, log, progress)
+            settle_gradient_buckets(state.trained_model, args.micro_batch, args.seq_len, run.dtype, dist)
+            train(run, log)
         except Stopped as stop:
-            if not resume.save(run, log, progress):
-                hint = "make room on the disk; --resume goes on from the checkpoint before"
+            if not save_checkpoint(state, run.identity, args, log, dist):
+                hint = "make room on the disk; --resume continues from the checkpoint before"
                 raise Unfinished(f"received {stop.name}, but could not save", hint) from stop
-            where = f"saved {args.log_dir} at step {progress.step}"
+            where = f"saved {args.log_dir} at step {state.progress.step}"
             log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
             return stop.exit_code
         except Exception as error:
-            # The other ranks fail with this one: the messages must tell which was the first, and where.
+            # The other ranks fail after this one: the messages must tell which failed first, and where.
             if not (dist.is_alone or isinstance(error, UserError)):
-                print(f"rank {dist.rank} failed at step {progress.step}:", file=sys.stderr, flush=True)
+                print(f"rank {dist.rank} failed at step {state.progress.step}:", file=sys.stderr, flush=True)
             raise
-        log.try_to("report.md", write_report)
+        log.write_report()
         memory = runtime.peak_memory_bytes(dist.device) / 1e9
         log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
-        log.say(f"in {args.log_dir}/: {', '.join(run_dir.written(args.log_dir))}")
-        newest = newest_model_file(args.log_dir)
-        log.say(f'sample from it: python generate.py -m {newest} -p "{args.sample_prompt}"')
+        log.say_what_was_written(state.newest_checkpoint, args.sample_prompt)
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    args, preset_reason = read_arguments(argv)
-    device = runtime.choose_device(args.device, distributed.environment_local_rank())
-    if device.value.type == "cpu":
-        runtime.keep_freed_memory()
-    job = distributed.start(device.value, args.dist_timeout)
-    with job as dist, micro_batch.explains_out_of_memory(args):
-        if args.eval_only:
-            return report_val_loss(args, dist)
-        check_training_settings(args, dist.world_size)
-        check_installed(args.tensorboard, args.wandb)
-        reasons = {
-            "preset": f"{args.preset} ({preset_reason})",
-            "device": f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}",
-        }
-        if args.dry_run:
-            return plan.dry_run(set_up(args, dist, StopSignals(dist), reasons), reasons)
-        with StopSignals(dist) as stop, run_dir.reserved(args.log_dir, dist):
-            return run_to_the_end(set_up(args, dist, stop, reasons), reasons)
-
-
 def report_val_loss(args: Namespace, dist: Distributed) -> int:
-    """`--eval-only`: prints val loss and perplexity of --init-from, or of the newest checkpoint."""
-    args.init_from = args.init_from or newest_model_file(args.log_dir)
-    if args.init_from is None:
-        raise UserError(f"no checkpoint in {args.log_dir} to evaluate", "name one with --init-from", True)
+    """`--eval-only`: prints val loss and perplexity of a model. Returns the exit code."""
     dtype = runtime.choose_dtype(args.dtype, dist.device).value
     args.micro_batch = 8 if args.micro_batch == "auto" else args.micro_batch  # no gradients: little to gain
-    model, _, _, val_stream, _ = load_model_and_data(args, dist)
-    loader = WindowLoader(val_stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
+    model, data = load_model_and_data(args, dist)
+    runtime.choose_matmul(model)
+    loader = WindowLoader(data.val, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
     loss = evaluate(model, loader, args.val_tokens, dist, dtype)
     if not math.isfinite(loss):
         raise UserError(f"{args.init_from}: val loss {loss}", "use --dtype float32, or other weights")
@@ -386,10 +452,41 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
         tokens = loader.num_val_windows(args.val_tokens) * args.seq_len
         print(
             f"{args.init_from}: val loss {loss:.4f} | perplexity {perplexity(loss)} | "
-            f"{tokens:,} tokens of {val_stream.name}"
+            f"{tokens:,} tokens of {data.val.name}"
         )
     return 0
 
 
+def main(argv: list[str] | None = None) -> int:
+    args, preset_reason = read_arguments(argv)
+    device = runtime.choose_device(args.device, environment_local_rank())
+    if device.value.type == "cpu":
+        runtime.keep_freed_memory()
+    with join_job(device.value, args.dist_timeout) as dist, explain_out_of_memory(args):
+        if args.eval_only:
+            return report_val_loss(args, dist)
+        check_training_settings(args, dist.world_size)
+        reasons = {
+            "preset": f"{args.preset} ({preset_reason})",
+            "device": f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}",
+        }
+        if args.dry_run:
+            find_checkpoint(args, dist, reasons)
+            run = set_up(args, dist, StopSignals(dist), reasons)
+            return dry_run(run.plan, run.state, run.dtype)
+        # Signals are caught, and the log directory is locked, before anything is read or changed.
+        with StopSignals(dist) as stop, reserved(args.log_dir, dist):
+            checkpoint = find_checkpoint(args, dist, reasons)
+            run = set_up(args, dist, stop, reasons)
+            lines = start_or_resume(run.state, run.identity, checkpoint, args, dist)
+            del checkpoint  # a second copy of weights and moments
+            if run.state.progress.is_complete(args, with_hellaswag=bool(run.hellaswag)):
+                if dist.is_master:
+                    step, model = run.state.progress.step, run.state.newest_checkpoint
+                    print(f"already complete: step {step} of {args.max_steps}, the model is {model}")
+                return 0
+            return run_to_the_end(run, lines)
+
+
 if __name__ == "__main__":
-    sys.exit(run_script(main, distributed.environment_local_rank()))
+    sys.exit(run_script(main, environment_local_rank()))

@@ -1,22 +1,25 @@
-"""What several tests share: small models, small texts, and scripts run as a user would, without a network."""
+"""Shared by the tests: small models, small texts, and scripts started as a user would, without a network."""
 
 from __future__ import annotations
 
+import http.server
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpt_model import GPT, GPTConfig
-from tests.small_runs import TEXT, Killed, kill_in, train
+from tests.small_runs import TEXT, Killed, kill_in_update, train
 from utils.training import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Every proxy points at a closed port of this machine: what asks for the network fails at once.
+# Every proxy points at a closed port of this machine, so each use of the network fails at once.
 OFFLINE = {
     **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
     "no_proxy": "127.0.0.1,localhost",
@@ -25,11 +28,13 @@ OFFLINE = {
     "OMP_NUM_THREADS": "1",
 }
 
-torch.set_num_threads(1)  # the models here are too small for more to pay
+torch.set_num_threads(1)  # these models are too small to profit from more
 
 
-def run(*arguments, cwd: Path = ROOT, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
-    """Runs `python ARGUMENTS` without a network and returns it with its output as text."""
+def run(
+    *arguments: str | Path | int, cwd: Path = ROOT, timeout: float = 120, **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs `python ARGUMENTS` without a network, and returns the process with its output as text."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
@@ -41,12 +46,12 @@ def run(*arguments, cwd: Path = ROOT, timeout: float = 120, **environment) -> su
     )
 
 
-def tiny_config(**changes) -> GPTConfig:
+def tiny_config(**changes: int) -> GPTConfig:
     """A model of a few thousand parameters."""
     return GPTConfig(**{**dict(block_size=16, vocab_size=97, n_layer=2, n_head=2, n_embd=32), **changes})
 
 
-def tiny_model(seed: int = 0, **changes) -> GPT:
+def tiny_model(seed: int = 0, **changes: int) -> GPT:
     """A tiny model with weights large enough that its predictions differ from token to token."""
     torch.manual_seed(seed)
     model = GPT(tiny_config(**changes))
@@ -58,7 +63,7 @@ def tiny_model(seed: int = 0, **changes) -> GPT:
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """A text of a few thousand words with something to learn in it."""
+    """A repetitive text of a few thousand words."""
     path = tmp_path / "text.txt"
     path.write_text(TEXT * 300, encoding="utf-8")
     return path
@@ -66,21 +71,21 @@ def text_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def short_text(tmp_path_factory) -> Path:
-    """A text of fourteen and a quarter steps an epoch for a run with `RESUMABLE`."""
+    """A text whose epoch is 14.25 steps of a run with `RESUMABLE`."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT * 16, encoding="utf-8")
     return path
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes longer than a small run, and test_files.py draws."""
+def no_pictures(monkeypatch) -> None:
+    """Draws no curves.png: that takes longer than a small run. test_report.py tests the drawing."""
     monkeypatch.setattr(run_log, "plot_run", lambda log_dir: None)
 
 
 @pytest.fixture(scope="session")
 def undisturbed(short_text, tmp_path_factory) -> Path:
-    """The log directory of a run that nothing stopped."""
+    """The log directory of an uninterrupted run with `RESUMABLE`."""
     log_dir = tmp_path_factory.mktemp("undisturbed") / "log"
     assert train(short_text, log_dir) == 0
     return log_dir
@@ -88,9 +93,48 @@ def undisturbed(short_text, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped_run(short_text, tmp_path, monkeypatch) -> Path:
-    """A run killed in step 11, with checkpoints of steps 6 and 9 to resume from."""
+    """The log directory of a run that was killed at step 11, with checkpoints of steps 6 and 9."""
     with monkeypatch.context() as patch:
-        kill_in(patch, "update", lambda args: args[2].step == 11)
+        kill_in_update(patch, 11)
         with pytest.raises(Killed):
             train(short_text, tmp_path)
     return tmp_path
+
+
+class FileServer(http.server.ThreadingHTTPServer):
+    """An HTTP server on loopback: `files` maps paths to contents, `num_requests` counts requests."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), FileHandler)
+        self.files: dict[str, bytes] = {}
+        self.num_requests = 0
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class FileHandler(http.server.BaseHTTPRequestHandler):
+    """Answers requests to a FileServer; `/invalid` is answered with bytes that are no HTTP."""
+
+    server: FileServer
+
+    def do_GET(self) -> None:
+        self.server.num_requests += 1
+        if self.path == "/invalid":
+            self.wfile.write(b"hello, this is no HTTP\r\n\r\n")
+            return
+        content = self.server.files.get(self.path)
+        self.send_response(404 if content is None else 200)
+        self.end_headers()  # no Content-Length: an incomplete answer looks complete
+        self.wfile.write(content or b"<html>not found</html>")
+
+    def log_message(self, *arguments: object) -> None:
+        """Prints nothing."""
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    """A running FileServer."""
+    server = FileServer()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()

@@ -1,70 +1,70 @@
-"""Runs of the training script that take a second: their settings, ways to end them and to compare them."""
+"""Training runs that take a second: their settings, and functions that stop and compare them."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 import train_gpt
-from utils.training import resume
 
 TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps on.\n"
-TINY = (  # what every small run has, and may override by flags that follow
+TINY = (  # shared by all small runs; flags that follow override these
     *("--preset", "tiny", "--device", "cpu", "--dtype", "float32", "--tokenizer", "char", "--max-lr", "1e-2"),
     *("--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--seq-len", "16"),
 )
-# A run to stop and resume: three windows short of 15 steps an epoch, so that 20 steps cross its end in the
-# middle of one.
+# A run to stop and resume. An epoch is three windows short of 15 steps, so the 20 steps cross its end in the
+# middle of a step.
 RESUMABLE = (
     *(*TINY, "--micro-batch", "2", "--total-batch-tokens", "64", "--max-steps", "20", "--warmup-steps", "2"),
     *("--val-every", "4", "--sample-every", "5", "--checkpoint-every", "3", "--keep-every", "6"),
 )
-# A run to look at.
+# A run whose output is examined.
 SMALL = (
     *(*TINY, "--micro-batch", "4", "--total-batch-tokens", "128"),
     *("--val-every", "10", "--sample-every", "15", "--checkpoint-every", "10"),
 )
 
 
-def small_args(text_file, log_dir, *flags) -> list[str]:
-    """Arguments of train_gpt.py for a run to look at."""
+def small_args(text_file: Path, log_dir: Path, *flags: str) -> list[str]:
+    """Arguments of train_gpt.py for a run whose output is examined."""
     return [*SMALL, "--data", str(text_file), "--log-dir", str(log_dir), *flags]
 
 
 class Killed(BaseException):
-    """Ends a run in this process as abruptly as SIGKILL ends a process: nothing catches it."""
+    """Ends a run in this process as abruptly as SIGKILL ends a process: no `except Exception` catches it."""
 
 
 def train(text_file: Path, log_dir: Path, *flags: str) -> int:
-    """A run to stop and resume, in this process; its exit code."""
+    """Runs train_gpt.main with `RESUMABLE` in this process; returns the exit code."""
     return train_gpt.main([*RESUMABLE, "--data", str(text_file), "--log-dir", str(log_dir), *flags])
 
 
-def home_of(name: str):
-    """The module through which the loop calls a function."""
-    return resume if name == "save" else train_gpt
+def kill_in(monkeypatch: pytest.MonkeyPatch, name: str, when: Callable[..., bool]) -> None:
+    """Kills the run at the start of a function of train_gpt when `when(*its arguments)` first holds."""
+    real = getattr(train_gpt, name)
 
-
-def kill_in(monkeypatch, name: str, when) -> None:
-    """Kills the run inside the training script's function `name` when `when(arguments)` first holds."""
-    module = home_of(name)
-    real = getattr(module, name)
-
-    def deadly(*args, **kwargs):
-        if when(args):
+    def killed(*args, **kwargs):
+        if when(*args):
             raise Killed
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, deadly)
+    monkeypatch.setattr(train_gpt, name, killed)
 
 
-def stop_by_signal_in(monkeypatch, name: str, number: int, at_call: int) -> None:
-    """Sends this process a signal at the start of a function of the training script."""
-    module = home_of(name)
-    real, calls = getattr(module, name), []
+def kill_in_update(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Kills the run at the start of the update of `step`."""
+    kill_in(monkeypatch, "update", lambda state, *rest: state.progress.step == step)
+
+
+def stop_by_signal_in(monkeypatch: pytest.MonkeyPatch, name: str, number: int, at_call: int) -> None:
+    """Sends this process a signal at the start of the n-th call of a function of train_gpt."""
+    real, calls = getattr(train_gpt, name), []
 
     def signalled(*args, **kwargs):
         calls.append(1)
@@ -72,13 +72,13 @@ def stop_by_signal_in(monkeypatch, name: str, number: int, at_call: int) -> None
             os.kill(os.getpid(), number)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, name, signalled)
+    monkeypatch.setattr(train_gpt, name, signalled)
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint file, by its place."""
+    """All tensors of a checkpoint file, by their path in its nested dicts."""
 
-    def walk(value, place):
+    def walk(value: Any, place: str) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             yield place, value
         elif isinstance(value, dict):
@@ -95,14 +95,14 @@ def losses_of(log_dir: Path) -> list[tuple[str, float]]:
 
 
 def assert_same_losses(log_dir: Path, expected: Path, tolerance: float = 1e-4) -> None:
-    """The same lines in the same order; their values to the tolerance."""
+    """Both logs have the same lines in the same order; values may differ by `tolerance`."""
     ours, theirs = losses_of(log_dir), losses_of(expected)
     assert ours and [name for name, _ in ours] == [name for name, _ in theirs]
     assert all(abs(a - b) <= tolerance for (_, a), (_, b) in zip(ours, theirs))
 
 
 def assert_same_run(log_dir: Path, expected: Path, step: int = 20) -> None:
-    """log.txt and samples.txt byte for byte; weights, moments and step counts bit for bit."""
+    """log.txt and samples.txt are equal byte for byte; weights, moments and step counts bit for bit."""
     for name in ("log.txt", "samples.txt"):
         assert (log_dir / name).read_bytes() == (expected / name).read_bytes(), name
     for name in (f"model_{step:05d}.pt", f"optimizer_{step:05d}.pt"):

@@ -12,7 +12,7 @@ from utils.fused_loss import cross_entropy_rows, fused_cross_entropy
 
 
 def example(N=37, C=16, V=101, seed=0, dtype=torch.float32):
-    """Hidden states, weight and targets of a problem whose sizes fit no chunk."""
+    """Hidden states, weight and targets whose sizes are not multiples of any chunk size."""
     torch.manual_seed(seed)
     hidden = torch.randn(N, C, dtype=dtype, requires_grad=True)
     weight = torch.randn(V, C, dtype=dtype, requires_grad=True)
@@ -20,6 +20,7 @@ def example(N=37, C=16, V=101, seed=0, dtype=torch.float32):
 
 
 def loss_and_gradients(loss_function, hidden, weight, targets, scale=1.0):
+    """Loss, and gradients of `scale` times the loss, of hidden states and weight."""
     hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     loss = loss_function(hidden, weight, targets)
     (loss * scale).backward()
@@ -27,13 +28,14 @@ def loss_and_gradients(loss_function, hidden, weight, targets, scale=1.0):
 
 
 def reference(hidden, weight, targets):
+    """The loss from full logits."""
     return F.cross_entropy(hidden @ weight.t(), targets)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 5, 37, 64, None])
 @pytest.mark.parametrize("num_ignored", [0, 10])
 def test_loss_and_both_gradients_are_exact(chunk_rows, num_ignored):
-    """Whatever the chunk, with ignored targets and words that are never a target, to 1e-5."""
+    """To 1e-5 for any chunk size, with ignored targets and tokens that are never a target."""
     hidden, weight, targets = example()
     targets[:num_ignored] = -100
     ours = loss_and_gradients(
@@ -45,7 +47,7 @@ def test_loss_and_both_gradients_are_exact(chunk_rows, num_ignored):
 
 
 def test_large_logits_do_not_overflow():
-    """The softmax is shifted by its maximum: logits of a thousand give a finite, right loss."""
+    """The softmax is shifted by its maximum: logits in the thousands give the right, finite loss."""
     hidden, weight, targets = example()
     ours = loss_and_gradients(fused_cross_entropy, 100 * hidden, 10 * weight, targets)
     theirs = loss_and_gradients(reference, 100 * hidden, 10 * weight, targets)
@@ -55,13 +57,13 @@ def test_large_logits_do_not_overflow():
 
 
 def test_all_targets_ignored_is_nan_as_in_pytorch():
-    """A mean over nothing is not a number."""
+    """The mean over no targets is NaN."""
     hidden, weight, targets = example()
     assert torch.isnan(fused_cross_entropy(hidden, weight, torch.full_like(targets, -100)))
 
 
-def test_without_gradients_no_gradient_is_computed(monkeypatch):
-    """Under no_grad the loss is the same and the autograd function is not even entered."""
+def test_no_grad_computes_no_gradient(monkeypatch):
+    """Under no_grad the loss is the same, and the autograd function is not entered."""
     monkeypatch.setattr("utils.fused_loss._eager_loss", lambda *args: pytest.fail("entered"))
     hidden, weight, targets = example()
     with torch.no_grad():
@@ -69,8 +71,8 @@ def test_without_gradients_no_gradient_is_computed(monkeypatch):
     assert abs(loss.item() - reference(hidden, weight, targets).item()) < 1e-5
 
 
-def test_losses_of_single_rows():
-    """One loss a row, zero for ignored ones."""
+def test_row_losses_equal_those_of_pytorch():
+    """One loss per row, zero for ignored rows."""
     hidden, weight, targets = example()
     targets[3] = -100
     rows = cross_entropy_rows(hidden, weight, targets, chunk_rows=8)
@@ -79,8 +81,8 @@ def test_losses_of_single_rows():
     assert rows[3] == 0
 
 
-def test_gradients_are_returned_and_the_tied_weight_gets_both_parts():
-    """The embedding's part and the head's part add up, over two accumulated micro-batches as well."""
+def test_the_tied_weight_receives_both_gradients():
+    """Those of embedding and output projection add up, also over two accumulated micro-batches."""
     torch.manual_seed(0)
     ours, theirs = GPT(tiny_config()), GPT(tiny_config())
     theirs.load_state_dict(ours.state_dict())
@@ -94,7 +96,7 @@ def test_gradients_are_returned_and_the_tied_weight_gets_both_parts():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_under_autocast_it_is_exact_to_the_rounding_of_the_dtype(dtype, tolerance):
-    """Loss and gradients are in float32 and near the float32 truth."""
+    """Loss and gradients are float32 and close to those of the float32 reference."""
     hidden, weight, targets = example(N=64, C=32, V=500)
 
     def low(function):
@@ -111,8 +113,8 @@ def test_under_autocast_it_is_exact_to_the_rounding_of_the_dtype(dtype, toleranc
         assert (mine - expected).norm() <= tolerance * expected.norm()
 
 
-def test_many_rows_do_not_vanish_in_half_precision():
-    """Gradients are divided by the rows in float32: 1 / 65,536 of a probability would be zero in fp16."""
+def test_gradients_of_many_rows_do_not_underflow_in_fp16():
+    """They are divided by the number of rows in float32: 1 / 65,536 of a probability is zero in fp16."""
     torch.manual_seed(0)
     N, C, V = 65_536, 4, 200
     hidden = torch.randn(N, C, dtype=torch.float16).requires_grad_()
@@ -124,7 +126,7 @@ def test_many_rows_do_not_vanish_in_half_precision():
 
 
 def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
-    """The weight's gradient is scaled in place once."""
+    """The weight's gradient is scaled in place, so it can be used once only."""
     hidden, weight, targets = example()
     loss = fused_cross_entropy(hidden, weight, targets)
     loss.backward(retain_graph=True)
@@ -132,8 +134,8 @@ def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
         loss.backward()
 
 
-def test_in_fp16_many_rows_do_not_overflow_the_gradient():
-    """8192 rows of one token and a channel of 100: their sum leaves fp16's range, their mean does not."""
+def test_gradients_of_many_rows_do_not_overflow_in_fp16():
+    """8192 rows of one token with channels of 100: their sum exceeds fp16's range, their mean does not."""
     hidden = torch.full((8192, 2), 100.0, requires_grad=True)
     weight = torch.zeros(4, 2, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.float16):

@@ -11,7 +11,8 @@ import torch
 import generate
 from tests.benchmarks.step import hugging_face_twin
 from tests.conftest import tiny_model
-from utils.errors import UserError, run_script
+from utils.command_line import UserError, run_script
+from utils.cpu_matmul import FastLinear
 from utils.tokenizer import tokenizer_from_state
 from utils.weights.checkpoint import model_content, save_pair
 
@@ -32,7 +33,7 @@ def printed(capsys, *arguments) -> str:
     return capsys.readouterr().out
 
 
-def test_a_prompt_comes_from_anywhere(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_prompt_is_read_from_flag_file_or_standard_input(checkpoint, tmp_path, monkeypatch, capsys):
     """The same text for a prompt on the command line, in a file, on standard input, with and without -p."""
     flags = ("-m", checkpoint, "--max-new-tokens", 9)
     expected = printed(capsys, *flags, "-p", "to be")
@@ -45,7 +46,7 @@ def test_a_prompt_comes_from_anywhere(checkpoint, tmp_path, monkeypatch, capsys)
 
 
 def test_several_samples_are_numbered_and_seeded(checkpoint, capsys):
-    """-n texts under headings; another seed gives others; greedy ones are all the same."""
+    """-n texts under headings; another seed gives other texts; greedy ones are identical."""
     flags = ("-m", checkpoint, "-p", "a", "-n", 3, "--max-new-tokens", 12)
     first = printed(capsys, *flags, "--seed", 1)
     assert [line for line in first.splitlines() if line.startswith("---")] == [
@@ -56,25 +57,36 @@ def test_several_samples_are_numbered_and_seeded(checkpoint, capsys):
     assert len({text.split("\n", 1)[1] for text in greedy}) == 1
 
 
-def test_a_long_prompt_keeps_its_end_and_an_empty_one_starts_a_document():
-    """The last block of tokens, with a line that says so; <|endoftext|>, or the first character."""
-    said = []
+def test_long_and_empty_prompts(capsys):
+    """Of a long one the last block is used, with a warning; an empty one is <|endoftext|>, or id 0."""
     tokenizer = tokenizer_from_state(CHARACTERS)
-    idx = generate.encode_prompt("x" * 10 + "abc", tokenizer, 3, said.append)
+    idx = generate.encode_prompt("x" * 10 + "abc", tokenizer, 3)
     assert idx.tolist() == [tokenizer.encode("abc").tolist()]
-    assert said == ["the prompt has 13 tokens, the model reads 3: its last 3 are kept"]
+    message = "the prompt has 13 tokens: only the last 3, the block size, are used\n"
+    assert capsys.readouterr().out == message
     assert generate.encode_prompt("", tokenizer, 3).tolist() == [[0]]
     assert generate.encode_prompt("", tokenizer_from_state({"name": "gpt2"}), 3).tolist() == [[END_OF_TEXT]]
 
 
-def test_a_text_ends_where_the_model_ends_it():
-    """What follows <|endoftext|> is another document."""
-    assert generate.until_end_of_text([1, 2, END_OF_TEXT, 3], END_OF_TEXT) == [1, 2]
-    assert generate.until_end_of_text([1, 2], None) == [1, 2]
+def test_a_cpu_samples_with_the_fast_linear_layers(checkpoint, monkeypatch):
+    """The loaded model's layers are exchanged before the first token."""
+    models = []
+    monkeypatch.setattr(generate, "sample_texts", lambda model, *a, **k: models.append(model) or [])
+    assert generate.main(["-m", str(checkpoint), "-p", "a", "-d", "cpu"]) == 0
+    assert type(models[0].lm_head) is FastLinear
 
 
-def test_a_terminal_is_asked_for_prompts_and_streamed_to(checkpoint, monkeypatch, capsys):
-    """Continuations come token by token, the same as from the command line; an empty line ends."""
+def test_a_text_ends_before_the_end_of_text_token(monkeypatch):
+    """The tokens after <|endoftext|> belong to another document; one in the prompt ends nothing."""
+    tokenizer, model = tokenizer_from_state({"name": "gpt2"}), tiny_model(vocab_size=50304)
+    new = torch.tensor([[64, 65, END_OF_TEXT, 66], [64, 65, 66, 67]])
+    monkeypatch.setattr(model, "generate", lambda idx, *a, **k: torch.cat([idx, new], dim=1))
+    texts = generate.sample_texts(model, tokenizer, "<|endoftext|>x", 2, 4, 42)
+    assert texts == ["<|endoftext|>xab", "<|endoftext|>xabcd"]
+
+
+def test_prompts_at_a_terminal_stream_their_continuations(checkpoint, monkeypatch):
+    """Token by token, the same as for -p; an empty line quits."""
     model = generate.GPT.load(checkpoint).eval()
     texts = generate.sample_texts(
         model, tokenizer_from_state(CHARACTERS), "to be", 1, 9, 42, temperature=0.8, top_k=50
@@ -84,23 +96,22 @@ def test_a_terminal_is_asked_for_prompts_and_streamed_to(checkpoint, monkeypatch
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0] if a else "\n"))
     assert generate.main(["-m", str(checkpoint), "--max-new-tokens", "9", "-d", "cpu"]) == 0
-    assert "".join(pieces[:9]) == texts[0][len("to be") :] and pieces[9] == "\n"
+    assert "".join(pieces[:9]) == texts[0][len("to be") :] and pieces[9] == ""
     assert len(pieces) == 2 * (9 + 1) and list(prompts) == []
 
 
-def test_half_a_character_waits_for_its_other_half(monkeypatch, capsys):
-    """A token that ends within a character prints nothing until the next one completes it."""
+def test_an_incomplete_character_is_held_back(monkeypatch):
+    """A token that ends within a character prints nothing until the next one, or the end, completes it."""
     tokenizer, model = tokenizer_from_state({"name": "gpt2"}), tiny_model(vocab_size=50304)
     ids = tokenizer.encode("a\U0001f600b").tolist()
     assert len(ids) > 3
-    monkeypatch.setattr(
-        model, "stream", lambda *a, **k: (torch.tensor([[i]]) for i in [*ids, END_OF_TEXT, 5])
-    )
-    prompts, pieces = iter(["x", ""]), []
+    continuations = iter([[*ids, END_OF_TEXT, 5], ids[:2]])
+    monkeypatch.setattr(model, "stream", lambda *a, **k: (torch.tensor([[i]]) for i in next(continuations)))
+    prompts, pieces = iter(["x", "y", ""]), []
     monkeypatch.setattr("builtins.input", lambda text: next(prompts))
-    monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0] if a else "\n"))
-    generate.prompt_at_terminal(model, tokenizer, generate.parse_arguments([]))
-    assert pieces == ["a", "\U0001f600", "b", "\n"]
+    monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0]))
+    generate.prompt_at_terminal(model, tokenizer, max_new_tokens=9, seed=42)
+    assert pieces == ["a", "\U0001f600", "b", "", "a", "\ufffd"]
 
 
 @pytest.mark.parametrize(
@@ -108,33 +119,33 @@ def test_half_a_character_waits_for_its_other_half(monkeypatch, capsys):
     ["--temperature -1", "--temperature nan", "--top-k 0", "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0",
      "--max-new-tokens -5", "-p FILE:none.txt"],
 )  # fmt: skip
-def test_settings_that_make_no_sense_are_refused(flags, checkpoint, capsys):
-    """Exit code 2 and two lines; the hint speaks of this script's flags."""
+def test_invalid_settings_are_refused(flags, checkpoint, capsys):
+    """Exit code 2 and two lines; the hint names this script's flags."""
     assert run_script(lambda: generate.main(["-m", str(checkpoint), "-p", "a", *flags.split()])) == 2
     error, hint = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and hint.startswith("hint: ") and "--data" not in hint
 
 
-def test_without_a_name_the_newest_checkpoint_is_taken(checkpoint, tmp_path, monkeypatch, capsys):
-    """log/'s newest model, or an error that says how to get one."""
+def test_the_default_model_is_the_newest_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
+    """The newest one in log/, or an error that says how to get one."""
     monkeypatch.setattr(generate, "LOG_DIR", tmp_path)
     flags = ("-p", "ab", "--max-new-tokens", 4)
     assert printed(capsys, *flags) == printed(capsys, "-m", checkpoint, *flags)
     monkeypatch.setattr(generate, "LOG_DIR", tmp_path / "none")
     assert run_script(lambda: generate.main(["-p", "ab"])) == 2
-    assert "python train_gpt.py makes one" in capsys.readouterr().err
+    assert "hint: run train_gpt.py first" in capsys.readouterr().err
 
 
-def test_a_model_with_fewer_words_than_the_tokenizer_is_refused(tmp_path):
-    """A folder without tokenizer files is read with GPT-2's BPE, which a small vocabulary cannot read."""
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path):
+    """A folder without tokenizer files is read with GPT-2's BPE, whose ids a small model cannot embed."""
     pytest.importorskip("transformers")
     hugging_face_twin(tiny_model(vocab_size=300)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="tokenizer has 50257 words, the model only 300"):
+    with pytest.raises(UserError, match="tokenizer has 50257 tokens, the model only 300"):
         generate.main(["-m", str(tmp_path), "-p", "Hello", "-d", "cpu"])
 
 
-def test_broken_weights_are_said_so(tmp_path, capsys):
-    """Logits that are no numbers: exit code 2 with the checkpoint's name, no traceback."""
+def test_non_finite_logits_are_an_error_that_names_the_checkpoint(tmp_path, capsys):
+    """Exit code 2, no traceback."""
     model = tiny_model(vocab_size=len(CHARACTERS["characters"]))
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""The model against arithmetic, against a hand-written softmax, and against transformers."""
+"""The model compared with arithmetic, a hand-written softmax, and transformers."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch.nn import functional as F
 
 from gpt_model import GPT, PRETRAINED_CONFIGS, GPTConfig, KeyValueCache, sample_token
 from tests.conftest import tiny_config, tiny_model
-from utils.errors import UserError
+from utils.command_line import UserError
 
 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(50257, 124_439_808), (50304, 124_475_904)])
 def test_parameter_counts_are_those_of_gpt2(vocab_size, expected):
-    """GPT-2 124M has exactly the published number of parameters, and padding adds 47 rows and no more."""
+    """GPT-2 124M has the published number of parameters, and padding adds 47 rows."""
     with torch.device("meta"):
         model = GPT(GPTConfig(vocab_size=vocab_size))
     assert model.num_parameters() == expected
 
 
 def test_released_sizes_have_the_published_parameter_counts():
-    """The table of sizes gives OpenAI's four models."""
+    """The table of sizes describes OpenAI's four models."""
     published = {"gpt2": 124439808, "gpt2-medium": 354823168, "gpt2-large": 774030080, "gpt2-xl": 1557611200}
     for name, sizes in PRETRAINED_CONFIGS.items():
         with torch.device("meta"):
@@ -30,7 +30,7 @@ def test_released_sizes_have_the_published_parameter_counts():
 
 
 def test_embedding_and_head_are_one_tensor():
-    """Tied weights share memory, also after a state dict was loaded and the model moved."""
+    """The weights remain tied after loading a state dict and changing the dtype."""
     model = tiny_model()
     model.load_state_dict(GPT(tiny_config()).state_dict())
     model = model.to(torch.float64)
@@ -48,13 +48,13 @@ def test_every_initial_standard_deviation():
             assert torch.all(parameter == 0), name
         else:
             std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
-            # The standard deviation of n samples scatters by std / sqrt(2 n): five of those.
+            # The standard error of a standard deviation of n samples is std / sqrt(2 n): allow five.
             assert abs(parameter.std().item() - std) < 5 * std / math.sqrt(2 * parameter.numel()), name
             assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel()), name
 
 
 def test_no_position_sees_the_future():
-    """The gradient of a position's logits is zero for every later input and not for any earlier one."""
+    """The gradient of a position's logits is zero for later inputs and non-zero for earlier ones."""
     model = tiny_model()
     idx = torch.randint(0, 97, (1, 16))
     inputs = []
@@ -67,7 +67,7 @@ def test_no_position_sees_the_future():
 
 
 def test_attention_equals_a_softmax_written_by_hand():
-    """The attention layer computes softmax(q k / sqrt(D)) v over the past, head by head."""
+    """The attention layer computes softmax(q k^T / sqrt(D)) v over earlier positions, head by head."""
     model = tiny_model()
     attention = model.transformer.h[0].attn
     B, T, C, H = 2, 9, 32, 2
@@ -84,7 +84,7 @@ def test_attention_equals_a_softmax_written_by_hand():
 
 
 def test_first_loss_is_that_of_a_uniform_guess():
-    """A fresh model knows nothing: its loss is ln V."""
+    """The loss of an untrained model is ln V."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=32, vocab_size=50304, n_layer=2, n_head=2, n_embd=32))
     idx = torch.randint(0, 50257, (4, 33))
@@ -92,8 +92,8 @@ def test_first_loss_is_that_of_a_uniform_guess():
     assert abs(loss.item() - math.log(50304)) < 0.1
 
 
-def test_forward_returns_what_it_promises():
-    """Logits everywhere, a loss only with targets, and with return_logits=False the same loss alone."""
+def test_forward_returns_logits_and_loss_as_documented():
+    """Logits of all positions, a loss only with targets, and with return_logits=False that loss alone."""
     model = tiny_model()
     idx, targets = torch.randint(0, 97, (2, 3, 16))
     logits, loss = model(idx)
@@ -108,20 +108,20 @@ def test_forward_returns_what_it_promises():
 @pytest.mark.parametrize(
     "sizes", [dict(n_embd=33), dict(n_layer=0), dict(vocab_size=-1), dict(block_size=1.5), dict(n_head="2")]
 )
-def test_a_config_that_makes_no_model_is_refused(sizes):
-    """GPTConfig checks itself."""
+def test_an_impossible_config_is_refused(sizes):
+    """GPTConfig checks its sizes when it is created."""
     with pytest.raises(UserError):
         tiny_config(**sizes)
 
 
 def test_too_many_tokens_are_refused():
-    """More tokens than the block size are an error with both numbers, not an index error from inside."""
+    """More tokens than the block size are an error with both numbers, not an index error."""
     with pytest.raises(UserError, match="17 tokens do not fit the block size of 16"):
         tiny_model()(torch.zeros(1, 17, dtype=torch.long))
 
 
 def test_every_parameter_is_in_exactly_one_optimizer_group():
-    """Matrices decay, vectors do not, none is missing or twice."""
+    """Matrices decay, vectors do not; none is missing or listed twice."""
     model = tiny_model()
     optimizer = model.configure_optimizers(0.1, 1e-3, "cpu", is_master_process=False)
     grouped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -165,14 +165,14 @@ def test_logits_and_loss_equal_those_of_transformers(tmp_path):
     ],
 )
 def test_a_variant_of_gpt2_is_refused(tmp_path, option, message):
-    """Options of transformers that change the function are an error, not other logits."""
+    """Options of transformers that compute another function are an error."""
     save_random_gpt2(tmp_path, **option)
     with pytest.raises(UserError, match=message):
         GPT.from_pretrained(tmp_path)
 
 
 def test_another_kind_of_model_is_named(tmp_path):
-    """Not its weights, which are others, too."""
+    """The error names the model type, not the weights, which differ too."""
     transformers = pytest.importorskip("transformers")
     sizes = dict(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
@@ -183,27 +183,27 @@ def test_another_kind_of_model_is_named(tmp_path):
 
 
 def add_weights(folder, **added):
-    """Adds tensors to those of a folder that save_random_gpt2 has written; `__` in a name is a dot."""
+    """Adds tensors to a folder that save_random_gpt2 wrote; `__` in a name stands for a dot."""
     safetensors = pytest.importorskip("safetensors.torch")
     path = folder / "model.safetensors"
     named = {name.replace("__", "."): tensor for name, tensor in added.items()}
     safetensors.save_file({**safetensors.load_file(path), **named}, path, metadata={"format": "pt"})
 
 
-def test_one_more_head_changes_nothing(tmp_path):
-    """Reinforcement learning adds one for values."""
+def test_an_additional_head_is_ignored(tmp_path):
+    """Such as the value head that reinforcement learning adds."""
     theirs = save_random_gpt2(tmp_path)
     add_weights(tmp_path, v_head__summary__weight=torch.randn(1, 48))
     assert GPT.from_pretrained(tmp_path).transformer.wte.weight.equal(theirs.transformer.wte.weight)
 
 
-def test_an_output_projection_of_its_own_is_refused(tmp_path):
-    """Where config.json says that it is the embedding, and the file holds another one."""
+def test_an_untied_output_projection_is_refused(tmp_path):
+    """If the file holds one that differs from the embedding, although config.json says they are tied."""
     theirs = save_random_gpt2(tmp_path)
     add_weights(tmp_path, lm_head__weight=torch.randn(101, 48))
     loaded = type(theirs).from_pretrained(tmp_path)
     if loaded.lm_head.weight.equal(loaded.transformer.wte.weight):
-        pytest.skip("this transformers makes one of the two, as config.json says")
+        pytest.skip("this version of transformers ties the two, as config.json says")
     with pytest.raises(UserError, match="lm_head and wte differ"):
         GPT.from_pretrained(tmp_path)
 
@@ -216,7 +216,7 @@ def test_an_output_projection_of_its_own_is_refused(tmp_path):
     ],
 )
 def test_a_folder_without_all_its_weights_is_refused(tmp_path, rename, message):
-    """transformers fills missing weights with random numbers; here that is an error, not another model."""
+    """transformers initialises missing weights at random; here they are an error."""
     safetensors = pytest.importorskip("safetensors.torch")
     save_random_gpt2(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -235,7 +235,7 @@ def test_a_folder_without_all_its_weights_is_refused(tmp_path, rename, message):
     ],
 )
 def test_a_folder_of_another_size_is_refused(tmp_path, size, other, message):
-    """A config.json with another vocabulary than the file's, or with fewer layers."""
+    """A config.json with another vocabulary size than the weights, or with fewer layers."""
     save_random_gpt2(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(path.read_text().replace(size, other))
@@ -248,13 +248,13 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:248d\nsiz
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-1000], lambda data: LFS_POINTER, lambda data: b""])
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_damaged_weights_are_said_so(tmp_path, name, damage):
-    """Cut files and git-lfs's pointers, of both kinds; no word about switching a protection off."""
+def test_damaged_weights_are_an_error(tmp_path, name, damage):
+    """Truncated files and git-lfs pointers, in both formats; no message suggests weights_only=False."""
     theirs = save_random_gpt2(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     if name.endswith(".bin"):
         (tmp_path / "model.safetensors").unlink()
-        GPT.from_pretrained(tmp_path)  # whole, it loads
+        GPT.from_pretrained(tmp_path)  # undamaged, it loads
     (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
     with pytest.raises(UserError, match="cannot load") as caught:
         GPT.from_pretrained(tmp_path)
@@ -262,7 +262,7 @@ def test_damaged_weights_are_said_so(tmp_path, name, damage):
 
 
 def test_an_unknown_name_lists_the_four_before_transformers_is_imported():
-    """A typing error costs no import and no download."""
+    """A misspelled name costs no import and no download."""
     import sys
 
     before = "transformers" in sys.modules
@@ -273,8 +273,8 @@ def test_an_unknown_name_lists_the_four_before_transformers_is_imported():
 
 
 @pytest.mark.parametrize("max_new_tokens", [10, 40])
-def test_cache_or_no_cache_give_the_same_tokens(max_new_tokens):
-    """Up to the block size, and past it, where both start again from half a block."""
+def test_sampling_with_and_without_cache_gives_the_same_tokens(max_new_tokens):
+    """Up to the block size, and beyond it, where both keep the last half of the block."""
     model = tiny_model()
     prompt = torch.randint(0, 97, (2, 5))
     runs = [
@@ -288,8 +288,8 @@ def test_cache_or_no_cache_give_the_same_tokens(max_new_tokens):
     assert torch.equal(runs[0][:, :5], prompt)
 
 
-def test_cached_logits_equal_those_of_a_whole_pass():
-    """Prefill and single steps give each position's hidden state as one pass over all does."""
+def test_cached_hidden_states_equal_those_of_one_pass():
+    """Prefill and single steps give the hidden states that one pass over all positions does."""
     model = tiny_model()
     idx = torch.randint(0, 97, (2, 12))
     whole = model.hidden_states(idx)
@@ -299,8 +299,8 @@ def test_cached_logits_equal_those_of_a_whole_pass():
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
 
 
-def test_greedy_takes_the_likeliest_token():
-    """Temperature 0 is argmax, whatever the generator."""
+def test_temperature_zero_is_greedy_decoding():
+    """Every token is the argmax of the logits, without a generator."""
     model = tiny_model()
     prompt = torch.randint(0, 97, (1, 4))
     expected = prompt
@@ -310,16 +310,16 @@ def test_greedy_takes_the_likeliest_token():
 
 
 def test_padding_of_the_vocabulary_is_never_sampled():
-    """Ids from num_words on do not appear even where the model loves them."""
+    """Ids from vocab_size on are not sampled even if their logits are the largest."""
     model = tiny_model()
     with torch.no_grad():
         model.lm_head.weight[90:] *= 100
-    tokens = model.generate(torch.zeros(8, 1, dtype=torch.long), 30, temperature=2.0, num_words=90)
+    tokens = model.generate(torch.zeros(8, 1, dtype=torch.long), 30, temperature=2.0, vocab_size=90)
     assert tokens.max() < 90
 
 
 def test_top_k_and_top_p_keep_the_likeliest():
-    """Only the k likeliest, or the fewest that reach p, are ever drawn, and each of them is."""
+    """Only the k likeliest tokens, or the fewest that reach p, are sampled, and each of them is."""
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(2000, 1)
     generator = torch.Generator().manual_seed(0)
     assert set(sample_token(logits, top_k=2, generator=generator).flatten().tolist()) == {0, 1}
@@ -330,14 +330,14 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert abs(share - 0.5) < 5 * math.sqrt(0.25 / 2000)
 
 
-def test_logits_that_are_not_finite_are_said_so():
-    """Sampling from NaN raises FloatingPointError instead of PyTorch's message about probabilities."""
+def test_sampling_from_non_finite_logits_is_an_error():
+    """FloatingPointError, not PyTorch's message about probabilities."""
     with pytest.raises(FloatingPointError, match="non-finite"):
         sample_token(torch.tensor([[1.0, float("nan")]]))
 
 
-def test_generating_leaves_the_global_random_state_alone():
-    """With a generator of its own, samples in the middle of a run do not change the run."""
+def test_generating_leaves_the_global_random_state_untouched():
+    """With a generator of its own, so that samples during a training run do not change the run."""
     model = tiny_model()
     before = torch.get_rng_state()
     model.generate(torch.zeros(1, 1, dtype=torch.long), 3, generator=torch.Generator().manual_seed(5))
@@ -345,7 +345,7 @@ def test_generating_leaves_the_global_random_state_alone():
 
 
 def test_sampling_works_under_autocast_and_at_tiny_temperatures():
-    """The cache gives back the dtype that autocast computes in; a temperature near zero is greedy."""
+    """The cache returns the dtype that autocast computes in; a temperature near zero is greedy."""
     model = tiny_model()
     prompt = torch.randint(0, 97, (1, 4))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -6,14 +6,13 @@ import json
 import re
 import shlex
 import shutil
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, run
 from train_gpt import read_arguments
-from utils.training.settings import accumulation_steps
+from utils.training.flags import accumulation_steps
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -109,11 +108,13 @@ def test_the_batch_can_be_split_over_the_gpus(command):
     assert accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, nodes * gpus) >= 1
 
 
-def test_every_module_is_on_the_map():
-    """A module of utils/ is named in the README, or by a pattern like `utils/hellaswag_*.py`."""
-    named = [word.split("/")[-1] for word in re.findall(r"`([^` ]+\.py)`", README)]
-    modules = [path.name for path in (ROOT / "utils").rglob("*.py") if path.stem != "__init__"]
-    assert [name for name in modules if not any(fnmatch(name, pattern) for pattern in named)] == []
+def test_every_room_is_on_the_map():
+    """Each script, each package of utils and the tests have a line in the README's table of files."""
+    rooms = [path.name for path in ROOT.glob("*.py")]
+    rooms += [f"utils/{path.parent.name}/" for path in (ROOT / "utils").glob("*/__init__.py")]
+    assert len(rooms) >= 9
+    for room in [*rooms, "utils/*.py", "tests/"]:
+        assert f"\n| `{room}`" in README, room
 
 
 def test_every_file_of_the_map_exists():

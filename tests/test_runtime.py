@@ -1,4 +1,4 @@
-"""Decisions about device, dtype and compile, with devices that this machine need not have."""
+"""Decisions about PyTorch, device, dtype and compile, for devices that this machine need not have."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import torch
 
 from tests.conftest import ROOT, run
 from utils import runtime
-from utils.errors import UserError
+from utils.command_line import UserError, run_script
 
 CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Pretends that there are two GPUs of a capability."""
+    """Pretends that there are two GPUs of a given compute capability and name."""
 
     def pretend(capability=(9, 0), name="NVIDIA H200"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -25,11 +25,22 @@ def gpus(monkeypatch):
     return pretend
 
 
+@pytest.mark.parametrize(("version", "is_old"), [("2.9.1+cpu", True), ("2.10.0", False), ("3.0.0", False)])
+def test_a_pytorch_below_the_minimum_is_refused(version, is_old, monkeypatch, capsys):
+    """Two lines and exit code 2, with the command that installs a newer one."""
+    monkeypatch.setattr(torch, "__version__", version)
+    assert run_script(runtime.check_torch_version) == (2 if is_old else 0)
+    expected = (
+        f"error: torch {version} is too old (expected 2.10 or newer)\nhint: pip install -U 'torch>=2.10'\n"
+    )
+    assert capsys.readouterr().err == (expected if is_old else "")
+
+
 @pytest.mark.parametrize(
     ("capability", "expected"), [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)]
 )
-def test_bf16_only_where_the_gpu_computes_it(gpus, capability, expected):
-    """A T4 (7.5) emulates bf16 and says it supports it: the capability decides and is named."""
+def test_bf16_is_chosen_where_the_gpu_computes_it_natively(gpus, capability, expected):
+    """A T4 (7.5) emulates bf16 but reports support for it, so the capability decides and is named."""
     gpus(capability)
     decision = runtime.choose_dtype("auto", CUDA)
     assert decision.value == expected
@@ -37,7 +48,7 @@ def test_bf16_only_where_the_gpu_computes_it(gpus, capability, expected):
 
 
 def test_a_dtype_that_the_device_lacks_is_an_error(gpus):
-    """Asked by name, it is not replaced silently."""
+    """An explicit dtype is never replaced silently."""
     gpus((7, 5))
     with pytest.raises(UserError, match="bfloat16"):
         runtime.choose_dtype("bfloat16", CUDA)
@@ -46,47 +57,36 @@ def test_a_dtype_that_the_device_lacks_is_an_error(gpus):
 
 
 def test_each_process_has_a_gpu_of_its_own(gpus):
-    """The local rank picks the GPU; one process too many is told how many fit."""
+    """The local rank selects the GPU; with one process too many the error says how many fit."""
     gpus()
     assert runtime.choose_device("auto", local_rank=1).value == torch.device("cuda", 1)
     assert runtime.choose_device("cuda:0").value == torch.device("cuda", 0)
     with pytest.raises(UserError, match="process 2 of this machine has no GPU") as caught:
         runtime.choose_device("cuda", local_rank=2)
     assert "--nproc_per_node=2" in caught.value.hint
-    with pytest.raises(UserError, match="device 'cuda:5' does not exist"):
+    with pytest.raises(UserError, match="unknown device 'cuda:5'"):
         runtime.choose_device("cuda:5", local_rank=1)
 
 
-def test_cpu_is_the_fallback_and_says_why(monkeypatch):
-    """Without CUDA and MPS."""
+def test_cpu_is_the_fallback(monkeypatch):
+    """Without CUDA and MPS, with the reason; a device that is missing or unknown is an error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     decision = runtime.choose_device("auto")
     assert decision.value == torch.device("cpu") and "no CUDA" in decision.reason
-    with pytest.raises(UserError, match="'mps' asked"):
+    with pytest.raises(UserError, match="unknown device 'mps'"):
         runtime.choose_device("mps")
     with pytest.raises(UserError, match="unknown device 'meta'"):
         runtime.choose_device("meta")
 
 
-def test_compile_is_on_where_it_pays(gpus, monkeypatch):
-    """auto is off on a CPU and without Triton, each with its reason; a flag beats it."""
-    import builtins
-
+def test_compile_is_on_with_cuda_and_triton(gpus, monkeypatch):
+    """auto is off on a CPU and without Triton; an explicit flag overrides it."""
     assert not runtime.choose_compile("auto", torch.device("cpu")).value
     assert runtime.choose_compile("on", torch.device("cpu")).value
     gpus()
-    real_import = builtins.__import__
     for installed in (True, False):
-
-        def fake_import(name, *args, installed=installed, **kwargs):
-            if name == "triton":
-                if installed:
-                    return None
-                raise ImportError(name)
-            return real_import(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", fake_import)
+        monkeypatch.setattr(runtime, "find_spec", lambda name, found=installed: found or None)
         assert runtime.choose_compile("auto", CUDA).value is installed
         assert not runtime.choose_compile("off", CUDA).value
 
@@ -105,14 +105,14 @@ def test_compile_is_on_where_it_pays(gpus, monkeypatch):
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_peaks_of_known_gpus_and_no_guess_for_others(gpus, name, expected):
-    """MFU is shown against the data sheet or not at all."""
+def test_peaks_of_known_gpus_are_those_of_their_data_sheets(gpus, name, expected):
+    """For other GPUs there is no guess, so no MFU is shown."""
     gpus(name=name)
     assert runtime.peak_flops(CUDA) == expected
 
 
 def test_peak_memory_is_that_of_the_process():
-    """256 MB that are filled and freed again raise it by that much, in a process of their own."""
+    """In a new process, filling and freeing 256 MB raises it by that much."""
     code = (
         "import torch; from utils.runtime import peak_memory_bytes as peak; cpu = torch.device('cpu'); "
         "before = peak(cpu); torch.ones(1 << 26); print((peak(cpu) - before) / 1e6)"

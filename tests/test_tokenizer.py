@@ -1,4 +1,4 @@
-"""Both tokenizers: ids, round trips, damage."""
+"""Both tokenizers: their ids, round trips, and a damaged merge table."""
 
 from __future__ import annotations
 
@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from utils.errors import UserError
-from utils.tokenizer import MERGES_PATH, CharTokenizer, GPT2Tokenizer, load_merges, tokenizer_from_state
+from utils.command_line import UserError
+from utils.tokenizer import (
+    MERGES_PATH,
+    CharTokenizer,
+    GPT2Tokenizer,
+    check_vocab_size,
+    load_merges,
+    read_merges,
+    tokenizer_from_state,
+)
 
 CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
 TEXTS = [
@@ -30,7 +38,7 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_bpe_round_trip(text):
-    """Any text comes back as it was."""
+    """Decoding the ids returns any text unchanged."""
     tokenizer = GPT2Tokenizer()
     ids = tokenizer.encode(text)
     assert ids.dtype == np.uint16
@@ -38,26 +46,18 @@ def test_bpe_round_trip(text):
 
 
 def test_known_ids_of_gpt2():
-    """The ids of GPT-2's first words, as OpenAI's encoder gave them."""
+    """The ids that OpenAI's encoder gives; the special token only where it is allowed; the sizes."""
     tokenizer = GPT2Tokenizer()
-    assert tokenizer.encode("Hello, I'm a language model,").tolist() == [
-        15496,
-        11,
-        314,
-        1101,
-        257,
-        3303,
-        2746,
-        11,
-    ]
+    ids = [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert tokenizer.encode("Hello, I'm a language model,").tolist() == ids
     assert tokenizer.encode("<|endoftext|>", allow_special=True).tolist() == [50256]
     assert tokenizer.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
-    assert (tokenizer.num_words, tokenizer.vocab_size, tokenizer.end_of_text) == (50257, 50304, 50256)
+    assert (tokenizer.vocab_size, tokenizer.padded_vocab_size, tokenizer.end_of_text) == (50257, 50304, 50256)
 
 
 @pytest.mark.skipif(not CACHE.exists(), reason="needs tiktoken's own files")
 def test_ids_equal_those_of_tiktokens_own_gpt2(monkeypatch):
-    """The same table and the same ids as `tiktoken.get_encoding("gpt2")`, on texts and on random strings."""
+    """The same table and ids as `tiktoken.get_encoding("gpt2")`, for texts and random strings."""
     import tiktoken
 
     monkeypatch.setitem(os.environ, "TIKTOKEN_CACHE_DIR", str(CACHE))
@@ -71,27 +71,27 @@ def test_ids_equal_those_of_tiktokens_own_gpt2(monkeypatch):
 
 
 def test_the_merge_table_is_the_published_one():
-    """The file unpacks to the bytes whose SHA-256 tiktoken pins."""
+    """The file unpacks to the bytes whose SHA-256 tiktoken pins; no token is missing."""
     digest = hashlib.sha256(lzma.decompress(MERGES_PATH.read_bytes())).hexdigest()
     assert digest == "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
     assert len(load_merges()) == 50256
 
 
 def test_a_changed_merge_table_is_refused(tmp_path):
-    """One other byte is an error with both sums, half a file one of two lines."""
+    """One more byte is an error with both checksums, a truncated file one with the reason."""
     path = tmp_path / "vocab.bpe.xz"
     path.write_bytes(lzma.compress(lzma.decompress(MERGES_PATH.read_bytes()) + b" "))
     with pytest.raises(UserError, match="1ce16647"):
-        load_merges(path)
+        read_merges(path)
     path.write_bytes(MERGES_PATH.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot read .*vocab.bpe.xz"):
-        load_merges(path)
+        read_merges(path)
 
 
-def test_characters_round_trip_and_report_what_they_do_not_know(capsys):
-    """The vocabulary is the text's sorted characters; others are left out and named."""
+def test_characters_round_trip_and_unknown_ones_are_reported(capsys):
+    """The vocabulary is the text's sorted characters; others are left out with a warning."""
     tokenizer = CharTokenizer.from_text("hello world")
-    assert tokenizer.num_words == tokenizer.vocab_size == 8
+    assert tokenizer.vocab_size == tokenizer.padded_vocab_size == 8
     assert tokenizer.decode(tokenizer.encode("hold")) == "hold"
     assert tokenizer.decode(tokenizer.encode("he!lo?")) == "helo"
     assert "2 characters" in capsys.readouterr().out
@@ -99,10 +99,10 @@ def test_characters_round_trip_and_report_what_they_do_not_know(capsys):
 
 
 @pytest.mark.parametrize("allow_special", [False, True])
-def test_a_text_that_tiktoken_cannot_split_is_said_so(allow_special, capfd):
-    """A megabyte of white space overflows its regular expressions: two lines.
+def test_a_text_that_tiktoken_cannot_split_is_an_error(allow_special, capfd):
+    """Two megabytes of white space overflow its regular expressions: two lines.
 
-    Newer versions of tiktoken add no backtrace of Rust's.
+    Newer versions of tiktoken print no Rust backtrace.
     """
     with pytest.raises(UserError, match="cannot split a text of 2,000,001 characters"):
         GPT2Tokenizer().encode(" " * 2_000_000 + "x", allow_special)
@@ -110,16 +110,24 @@ def test_a_text_that_tiktoken_cannot_split_is_said_so(allow_special, capfd):
     assert panics or capfd.readouterr().err == ""
 
 
-def test_unknown_characters_are_said_once_a_job(capsys, monkeypatch):
-    """By rank 0 alone."""
+def test_only_rank_0_reports_unknown_characters(capsys, monkeypatch):
+    """The other ranks of a job print nothing."""
     monkeypatch.setenv("RANK", "1")
     CharTokenizer.from_text("hello world").encode("he!lo?")
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("tokenizer", [GPT2Tokenizer(), CharTokenizer.from_text("the end")])
-def test_a_checkpoint_brings_its_tokenizer_back(tokenizer):
-    """state() is plain values and enough."""
+def test_a_tokenizer_is_restored_from_its_state(tokenizer):
+    """The plain values of state() are enough."""
     again = tokenizer_from_state(tokenizer.state())
     assert type(again) is type(tokenizer)
     assert again.encode("the").tolist() == tokenizer.encode("the").tolist()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused():
+    """Fewer are fine: the rest of the vocabulary is padding."""
+    check_vocab_size(CharTokenizer("abc"), 3)
+    check_vocab_size(CharTokenizer("abc"), 128)
+    with pytest.raises(UserError, match="has 3 tokens, the model only 2"):
+        check_vocab_size(CharTokenizer("abc"), 2)

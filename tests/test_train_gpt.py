@@ -1,4 +1,4 @@
-"""The training script, as functions and as a user runs it."""
+"""The training script: its functions, and whole runs as a user starts them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ from utils.distributed import Distributed
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
-    """A run of 30 steps on a small text, as a user starts it: (process, log directory, text file)."""
+def finished_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path, Path]:
+    """A run of 30 steps in a process: (process, log directory, text file)."""
     folder = tmp_path_factory.mktemp("run")
     text_file = folder / "text.txt"
     text_file.write_text(TEXT * 300, encoding="utf-8")
@@ -33,7 +35,7 @@ def finished_run(tmp_path_factory):
 
 
 def test_a_run_writes_its_log_line_by_line(finished_run):
-    """log.txt: every train loss with six decimals, val losses when due and after the last, no more."""
+    """log.txt: train losses with six decimals, and val losses with four when due and after the last step."""
     _, log_dir, _ = finished_run
     lines = [line.split() for line in (log_dir / "log.txt").read_text().splitlines()]
     assert [int(step) for step, kind, _ in lines if kind == "train"] == list(range(30))
@@ -43,7 +45,7 @@ def test_a_run_writes_its_log_line_by_line(finished_run):
 
 
 def test_a_run_learns(finished_run):
-    """The first loss is a uniform guess, the last one is far below it."""
+    """The first loss is that of a uniform guess, and the last one is more than 1 nat lower."""
     _, log_dir, text_file = finished_run
     losses = [
         float(line.split()[2]) for line in (log_dir / "log.txt").read_text().splitlines() if "train" in line
@@ -53,7 +55,7 @@ def test_a_run_learns(finished_run):
 
 
 def test_a_run_records_its_environment_first_and_then_its_steps(finished_run):
-    """metrics.jsonl: settings and versions, then one record an update and one a validation."""
+    """metrics.jsonl has settings and versions, then one record per update and one per validation."""
     _, log_dir, _ = finished_run
     records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["kind"] == "run"
@@ -66,8 +68,8 @@ def test_a_run_records_its_environment_first_and_then_its_steps(finished_run):
     assert [r["tokens"] for r in vals] == [0, 1280, 2560, 3840]
 
 
-def test_a_run_leaves_a_plot_samples_and_checkpoints_and_says_where(finished_run):
-    """The files of design, and last lines that name them and the command that samples."""
+def test_a_run_writes_plot_samples_and_checkpoints(finished_run):
+    """And its last line is the command that samples from the model."""
     process, log_dir, _ = finished_run
     assert (log_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (log_dir / "samples.txt").read_text().count("--- step 15, sample") == train_gpt.NUM_SAMPLES
@@ -78,8 +80,8 @@ def test_a_run_leaves_a_plot_samples_and_checkpoints_and_says_where(finished_run
     assert "step    12 | loss " in process.stdout and " tok/s | eta " in process.stdout
 
 
-def test_the_command_it_names_samples(finished_run):
-    """generate.py reads the checkpoint, with its tokenizer, and gives the same text for the same seed."""
+def test_generate_samples_from_a_checkpoint(finished_run):
+    """With the checkpoint's tokenizer, and with the same text for the same seed."""
     _, log_dir, _ = finished_run
     flags = ("-m", log_dir / "model_00030.pt", "-p", "The quick", "--max-new-tokens", "20", "--seed", "1")
     first, second = run(ROOT / "generate.py", *flags), run(ROOT / "generate.py", *flags)
@@ -89,7 +91,7 @@ def test_the_command_it_names_samples(finished_run):
 
 
 def test_eval_only_gives_the_val_loss_of_the_log(finished_run, capsys):
-    """The final checkpoint alone has the last val loss, on the same tokens, at another micro-batch too."""
+    """The final checkpoint alone gives the last val loss, also with another micro-batch."""
     _, log_dir, text_file = finished_run
     logged = (log_dir / "log.txt").read_text().split(" val ")[-1].split()[0]
     flags = ("--eval-only", "--init-from", str(log_dir / "model_00030.pt"), "--micro-batch", "7")
@@ -98,8 +100,8 @@ def test_eval_only_gives_the_val_loss_of_the_log(finished_run, capsys):
     assert loss == logged and float(perplexity) == pytest.approx(math.exp(float(logged)), rel=1e-3)
 
 
-def test_a_second_run_moves_the_first_ones_files(finished_run, tmp_path):
-    """An earlier run goes to archive/ as it was; files that no run writes stay where they are."""
+def test_a_second_run_archives_the_files_of_the_first(finished_run, tmp_path):
+    """They are moved unchanged; files that no run writes stay where they are."""
     _, log_dir, text_file = finished_run
     copy = tmp_path / "log"
     shutil.copytree(log_dir, copy)
@@ -116,7 +118,7 @@ def test_a_second_run_moves_the_first_ones_files(finished_run, tmp_path):
 
 
 def test_two_equal_runs_have_equal_logs(finished_run, tmp_path):
-    """Same machine, same settings: log.txt byte for byte, weights bit for bit."""
+    """On one machine: log.txt byte for byte, weights bit for bit."""
     _, log_dir, text_file = finished_run
     process = run(ROOT / "train_gpt.py", *small_args(text_file, tmp_path, "--max-steps", "30"))
     assert process.returncode == 0, process.stderr
@@ -125,8 +127,8 @@ def test_two_equal_runs_have_equal_logs(finished_run, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_accumulation_changes_nothing_but_rounding(text_file, tmp_path):
-    """The same batch in one piece or in eight: the same losses to 1e-4."""
+def test_accumulation_changes_rounding_only(text_file, tmp_path):
+    """A batch of one or of eight micro-batches gives the same losses to 1e-4."""
     for micro_batch in ("8", "1"):
         flags = ("--max-steps", "8", "--micro-batch", micro_batch, "--sample-every", "0")
         assert train_gpt.main(small_args(text_file, tmp_path / micro_batch, *flags)) == 0
@@ -134,7 +136,7 @@ def test_accumulation_changes_nothing_but_rounding(text_file, tmp_path):
 
 
 def test_fine_tuning_starts_from_the_checkpoint(finished_run, tmp_path):
-    """--init-from takes sizes, weights and vocabulary from the file: the first val loss is its last."""
+    """--init-from loads sizes, weights and vocabulary: the first val loss is the last one of the file."""
     _, log_dir, text_file = finished_run
     flags = ("--init-from", str(log_dir / "model_00030.pt"), "--n-layer", "5", "--max-steps", "1")
     assert train_gpt.main(small_args(text_file, tmp_path, *flags)) == 0
@@ -143,29 +145,21 @@ def test_fine_tuning_starts_from_the_checkpoint(finished_run, tmp_path):
     assert GPT.from_checkpoint(tmp_path / "model_00001.pt").config.n_layer == 2
 
 
-def hellaswag_folder(folder):
-    """Four made-up examples in the published form."""
+def hellaswag_folder(folder: Path) -> Path:
+    """Writes a file of four examples in the published format; returns the folder."""
     folder.mkdir()
     endings = ["sleeps on.", "jumps over the fox.", "is quick and brown.", "flies away."]
-    words = ("lazy", "quick", "brown", "gone")
+    shared = dict(activity_label="Dog", ctx_a="A dog", ctx_b="it", endings=endings)
     rows = [
-        dict(
-            ind=i,
-            activity_label="Dog",
-            ctx_a="A dog",
-            ctx_b="it",
-            ctx=f"A {word} dog. It",
-            label=i,
-            endings=endings,
-        )
-        for i, word in enumerate(words)
+        dict(shared, ind=i, label=i, ctx=f"A {word} dog. It")
+        for i, word in enumerate(("lazy", "quick", "brown", "gone"))
     ]
     (folder / "hellaswag_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def test_hellaswag_in_training(text_file, tmp_path, capsys):
-    """Every so many steps and after the last, a line in the log; a subset is shown as such."""
+    """A line in the log every N steps and after the last; the number of examples is printed."""
     flags = ("--tokenizer", "gpt2", "--max-steps", "2", "--hellaswag-every", "1", "--sample-every", "0")
     folder = hellaswag_folder(tmp_path / "data")
     flags += ("--hellaswag-dir", str(folder), "--hellaswag-examples", "3")
@@ -178,8 +172,8 @@ def test_hellaswag_in_training(text_file, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
-def test_without_hellaswag_training_goes_on(tokenizer, text_file, tmp_path, capsys, monkeypatch):
-    """Data that cannot be had, or a model of characters: one warning, no line in the log, exit 0."""
+def test_without_hellaswag_training_continues(tokenizer, text_file, tmp_path, capsys, monkeypatch):
+    """If its file cannot be downloaded, or with characters: one warning, no line in the log, exit code 0."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     flags = ("--tokenizer", tokenizer, "--max-steps", "1", "--hellaswag-every", "1", "--sample-every", "0")
@@ -191,7 +185,7 @@ def test_without_hellaswag_training_goes_on(tokenizer, text_file, tmp_path, caps
 
 
 def test_evaluation_is_exact_for_any_micro_batch():
-    """The mean over all windows does not depend on how they are grouped, the uneven last batch included."""
+    """The mean over all windows does not depend on the batches, whose last one may be smaller."""
     stream = TextStream("t", np.random.RandomState(0).randint(0, 97, 400).astype(np.uint16), 0, {})
     model, alone = tiny_model(), Distributed(torch.device("cpu"))
     losses = [
@@ -205,7 +199,7 @@ def test_evaluation_is_exact_for_any_micro_batch():
 
 
 def test_deterministic_runs_are_equal(text_file, tmp_path):
-    """--deterministic asks PyTorch for deterministic algorithms, and two runs have the same log."""
+    """--deterministic selects deterministic algorithms, and two runs have the same log."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import torch, train_gpt; train_gpt.main(); assert torch.are_deterministic_algorithms_enabled()"
@@ -218,7 +212,7 @@ def test_deterministic_runs_are_equal(text_file, tmp_path):
 
 
 def test_a_finished_run_has_a_report(finished_run):
-    """report.md names the final val loss of the log and shows the picture."""
+    """report.md has the final val loss of the log and shows curves.png."""
     _, log_dir, _ = finished_run
     last_val = (log_dir / "log.txt").read_text().splitlines()[-1].split()[2]
     report = (log_dir / "report.md").read_text()

@@ -1,36 +1,110 @@
-"""The command line of every script: `-` and `_` alike, no abbreviations, errors in two lines."""
+"""The command line of every script: flags, errors in two lines, exit codes.
 
-from __future__ import annotations
+Exit codes: 0 the work is complete; 1 unexpected exception (with a traceback) or work that could not be
+finished; 2 the user must change something (flag, file, device, missing resource); 3 training diverged;
+130 and 143 stopped by SIGINT and SIGTERM.
+"""
 
 import argparse
 import math
+import os
+import re
 import sys
-from typing import NoReturn, Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from utils.errors import UserError
+
+class UserError(ValueError):
+    """An error that only the user can fix: printed in two lines, without a traceback.
+
+    Args:
+        what: the `error:` line: what is wrong, the value, what was expected and what was found.
+        hint: the `hint:` line: what to run or to change.
+        one_rank_only: other ranks may not see the error, so this rank must report it itself.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, hint: str, *, one_rank_only: bool = False):
+        super().__init__(what)
+        self.hint = hint
+        self.one_rank_only = one_rank_only
+
+
+class Diverged(UserError):
+    """Training diverged: a non-finite loss or gradient norm, or too many spikes."""
+
+    exit_code = 3
+
+
+class Unfinished(UserError):
+    """The work could not be finished, through no fault of the user's; the same command may finish it."""
+
+    exit_code = 1
+
+
+def run_script(main: Callable[[], int | None], local_rank: int = 0) -> int:
+    """Runs a script's `main`, prints a UserError as two lines on stderr, and returns the exit code.
+
+    An error that all ranks raise alike is printed on local rank 0 of each machine only.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # never fail on characters that the console cannot encode
+    try:
+        return main() or 0
+    except UserError as error:
+        if local_rank == 0 or error.one_rank_only:
+            sys.stdout.flush()
+            print(f"error: {error}\nhint: {error.hint}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        code = 130
+    except Exception:
+        if not _in_process_group():
+            raise
+        traceback.print_exc()
+        code = 1
+    if _in_process_group():
+        # Other ranks may be waiting in a collective, and NCCL's teardown would wait for them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _in_process_group() -> bool:
+    torch = sys.modules.get("torch")  # a script that has not imported torch is in no process group
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help; where it is None, the help itself says what happens."""
+    """Appends the default to the help of a flag; where it is None, the help itself says what happens."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with flags that take `-` and `_`, defaults in `--help`, and errors raised as `UserError`."""
+    """argparse with `-` and `_` accepted alike, no abbreviations, and errors raised as `UserError`."""
 
-    def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
-    def parse_args(self, args=None, namespace=None):
-        return super().parse_args(with_dashes(sys.argv[1:] if args is None else args), namespace)
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        args = sys.argv[1:] if args is None else args
+        # In flags only: `--run_name=a_b` becomes `--run-name=a_b`.
+        args = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), text) for text in args]
+        return super().parse_args(args, namespace)
 
     def parse_defaults_and_given(self, args: Sequence[str] | None = None) -> tuple[dict, dict]:
-        """All defaults, and what was typed: a table of presets fits between the two."""
-        defaults = {name: self.get_default(name) for name in vars(self.parse_args([]))}
-        # argparse gives no default to a name that the namespace already holds.
+        """All defaults, and the flags that were typed: presets apply between the two."""
+        defaults = vars(self.parse_args([]))
+        # argparse sets no default for a name that the namespace already holds.
         parsed = vars(self.parse_args(args, argparse.Namespace(**dict.fromkeys(defaults))))
         return defaults, {name: value for name, value in parsed.items() if value is not None}
 
@@ -38,50 +112,51 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message, f"python {self.prog} --help lists the flags and their defaults")
 
 
-def with_dashes(arguments: Sequence[str]) -> list[str]:
-    """`--max_lr=3e-4` becomes `--max-lr=3e-4`; values stay as they are."""
-    dashed = []
-    for argument in arguments:
-        flag, equals, value = argument.partition("=")
-        dashed.append(flag.replace("_", "-") + equals + value if flag.startswith("--") else argument)
-    return dashed
-
-
-def finite_float(text: str) -> float:
-    """A number that is neither infinite nor NaN."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-    return value
-
-
 def positive_float(text: str) -> float:
     """A finite number above zero."""
-    value = finite_float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
+    return _checked(float(text), text, positive=True)
 
 
 def non_negative_float(text: str) -> float:
     """A finite number, zero or above."""
-    value = finite_float(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below zero")
-    return value
+    return _checked(float(text), text)
 
 
 def positive_int(text: str) -> int:
     """A whole number above zero; `1_000` is read as 1000."""
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above zero")
-    return value
+    return _checked(int(text), text, positive=True)
 
 
 def non_negative_int(text: str) -> int:
     """A whole number, zero or above."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below zero")
+    return _checked(int(text), text)
+
+
+def _checked(value: Any, text: str, *, positive: bool = False) -> Any:
+    if not abs(value) < math.inf:  # unlike math.isfinite, this accepts integers of any size
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    if value < 0 or (positive and value == 0):
+        raise argparse.ArgumentTypeError(f"{text} is {'not above' if positive else 'below'} zero")
     return value
+
+
+def format_duration(seconds: float) -> str:
+    """`45s`, `2m10s`, `3h05m`, `2d04h`."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """`1.49 GB`, or `12.3 MB` below 0.1 GB."""
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss): the number of equally likely tokens with the same loss, in nats."""
+    return f"{math.exp(min(loss, 700)):,.2f}"

@@ -1,67 +1,53 @@
-"""Tokens for training: one logical stream, cut into windows, each an example exactly once an epoch.
+"""Tokens for training: one logical stream, cut into windows, each a training example exactly once per epoch.
 
-A stream is a row of tokens with random access: `TextStream` holds a text in memory, `utils/shards/stream.py`
-reads a folder. Window w of a stream is tokens [w*T, w*T + T], T inputs and the T targets that follow them by
-one. Step s trains on windows [s*W, (s+1)*W) of the epoch order whatever the number of ranks, the micro-batch
-or the accumulation, so the position in the data is a pure function of the windows trained so far: there is no
-loader state to save or to lose.
+A stream is a sequence of tokens with random access: `TextStream` holds a text file in memory, `ShardStream`
+in utils/shards/stream.py reads a folder of shards. Window w is tokens [w*T, w*T + T]: T inputs, and T targets
+that are the inputs shifted by one. Step s trains on windows [s*W, (s+1)*W) of the epoch's order, for any
+number of ranks, micro-batch or accumulation steps. So the position in the data is a pure function of the
+number of windows trained so far: there is no loader state to save or to lose.
 
-Shapes: B micro-batch, T time, W windows of a step.
+Shapes: B micro-batch, T time (tokens of a window), W windows of a step.
 """
 
-from __future__ import annotations
-
 import codecs
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.command_line import UserError
 
-TRAIN_PART = 0.9  # of a text file; the rest is val
+TRAIN_SHARE = 0.9  # of a text file's tokens; the rest is val
 
 
 class TokenStream:
-    """A row of tokens with random access.
+    """A sequence of tokens with random access."""
 
-    Attributes:
-        name: what to call it in messages.
-        num_tokens: its length.
-    """
-
-    name: str
+    name: str  # for messages
     num_tokens: int
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from position `start`, unsigned integers.
-
-        Raises UserError for damaged data or ids too large.
-        """
+        """`count` tokens from position `start`, 1-D unsigned integers. Raises UserError for damaged data."""
         raise NotImplementedError
 
     def locate(self, position: int) -> tuple[str, int]:
-        """File and position inside it of a token of the stream, for messages."""
+        """The file of the token at a position of the stream, and its position there, for messages."""
         raise NotImplementedError
 
     def fingerprint(self) -> dict:
-        """What identifies the data, as plain values: a resumed run must find the same."""
+        """Identifies the data, as plain values: a resumed run must find the same data."""
         raise NotImplementedError
 
 
 class TextStream(TokenStream):
-    """Tokens in memory: one split of a text file.
-
-    Args:
-        name: of the file, for messages.
-        tokens: 1-D unsigned integers.
-        offset: position of the first one in the whole file's tokens.
-        fingerprint: see TokenStream.
-    """
+    """One split of a text file, tokenized, in memory: tokens are 1-D, the first at `offset` in the file."""
 
     def __init__(self, name: str, tokens: np.ndarray, offset: int, fingerprint: dict):
         self.name, self.tokens, self.offset, self._fingerprint = name, tokens, offset, fingerprint
@@ -78,15 +64,13 @@ class TextStream(TokenStream):
 
 
 def read_text(path: Path, flag: str = "--data") -> str:
-    """A text file's content, without a byte order mark.
+    """Reads a text file, without a byte order mark.
 
-    Raises UserError, with a hint that names the flag it came by, unless it is non-empty UTF-8.
+    Raises:
+        UserError: the file is missing, empty or not UTF-8; the hint names the flag.
     """
     if path.is_dir():
-        raise UserError(
-            f"{path} is a folder (expected a text file)",
-            f"give {flag} a text file",
-        )
+        raise UserError(f"{path} is a folder (expected a text file)", f"give {flag} a text file")
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -96,11 +80,10 @@ def read_text(path: Path, flag: str = "--data") -> str:
     except UnicodeDecodeError as error:
         encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
         hint = f"convert it: iconv -f {encoding} -t utf-8 {path} > utf8.txt"
-        if data.startswith(b"\x93NUMPY"):
+        if data.startswith(b"\x93NUMPY"):  # a shard
             hint = f"give {flag} {'the folder of the shards' if flag == '--data' else 'a text file'}"
-        raise UserError(
-            f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8", hint
-        ) from error
+        what = f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
+        raise UserError(what, hint) from error
     if not text.strip():
         raise UserError(f"{path} is empty", f"give {flag} a file with text in it")
     return text
@@ -112,123 +95,110 @@ def split_text(path: Path, text: str, tokens: np.ndarray, seq_len: int) -> tuple
     Raises:
         UserError: a split is shorter than one window (seq_len + 1 tokens).
     """
-    import hashlib
-
-    border = int(len(tokens) * TRAIN_PART)
+    # Cut by tokens, not characters: no token is split between train and val.
+    border = int(len(tokens) * TRAIN_SHARE)
     if min(border, len(tokens) - border) < seq_len + 1:
-        raise UserError(
-            f"{path} has {len(tokens):,} tokens, need at least T+1 = {seq_len + 1} "
-            "in each of train (90 %) and val (last 10 %)",
-            "give a longer text or a smaller --seq-len",
-        )
-    identity = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return (
-        TextStream(str(path), tokens[:border], 0, identity),
-        TextStream(str(path), tokens[border:], border, identity),
-    )
+        need = f"need at least T+1 = {seq_len + 1} in each of train (90 %) and val (last 10 %)"
+        what = f"{path} has {len(tokens):,} tokens, {need}"
+        raise UserError(what, "give a longer text or a smaller --seq-len")
+    data = text.encode()
+    identity = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}  # not of the path
+    train = TextStream(str(path), tokens[:border], 0, identity)
+    return train, TextStream(str(path), tokens[border:], border, identity)
 
 
-@lru_cache(maxsize=2)  # the current epoch, and the next one in a step that crosses the border
+@lru_cache(maxsize=2)  # the current epoch, and the next one for a step that crosses the end of an epoch
 def epoch_order(num_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch's windows: a permutation, a pure function of its arguments.
-
-    numpy promises that RandomState's stream never changes between its versions, which Generator's may.
-    """
+    """The order of an epoch's windows: a permutation, (num_windows,) uint32."""
+    # RandomState, because numpy guarantees that its stream never changes between versions; Generator's may.
+    # uint32 halves the memory: 10 billion tokens are 10 million windows.
     return np.random.RandomState([seed, epoch]).permutation(num_windows).astype(np.uint32)
 
 
+@dataclass
 class WindowLoader:
-    """Batches of windows from a stream.
+    """Batches of windows from a stream, for one rank: every world_size-th batch is its own."""
 
-    Args:
-        stream: the tokens.
-        seq_len: T.
-        micro_batch: B, rows of a batch.
-        rank, world_size: this process takes every world_size-th batch.
-        device: where the batches go.
-        seed: of the shuffle; None keeps the order of the stream.
-    """
+    stream: TokenStream
+    seq_len: int  # T
+    micro_batch: int  # B, rows of a batch
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"  # of the batches
+    seed: int | None = None  # of the shuffle; None keeps the order of the stream
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        seq_len: int,
-        micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        device: torch.device | str = "cpu",
-        seed: int | None = None,
-    ):
-        self.stream, self.seq_len, self.micro_batch = stream, seq_len, micro_batch
-        self.rank, self.world_size, self.device, self.seed = rank, world_size, torch.device(device), seed
-        self.windows_per_epoch = (stream.num_tokens - 1) // seq_len
+    def __post_init__(self):
+        self.device = torch.device(self.device)
+        # The last window needs one more token as its last target; a partial window at the end is left out.
+        self.windows_per_epoch = (self.stream.num_tokens - 1) // self.seq_len
 
     def window_at(self, number: int) -> int:
-        """The window that training sees as its `number`-th, counted from 0 and through all epochs."""
+        """The window that training sees as its `number`-th, counted from 0 over all epochs."""
+        # The whole order of the data is decided here, and depends on neither rank nor micro-batch.
         epoch, place = divmod(number, self.windows_per_epoch)
         if self.seed is None:
             return place
         return int(epoch_order(self.windows_per_epoch, self.seed, epoch)[place])
 
     def numbers_of_batch(self, first: int, micro_step: int) -> range:
-        """Numbers of the windows in this rank's batch, in a step that starts with window number `first`.
+        """Numbers of the windows in this rank's batch of a micro-step, counted from window number `first` on.
 
-        A micro-step covers B * world_size windows in a row, rank after rank.
+        A micro-step covers B * world_size consecutive windows, rank after rank: with fewer ranks or a smaller
+        B there are more micro-steps, over the same windows.
         """
         start = first + (micro_step * self.world_size + self.rank) * self.micro_batch
         return range(start, start + self.micro_batch)
 
     def batch(self, windows: list[int]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, each (B, T) int64, of these windows, on the device."""
+        """Inputs and targets of these windows, each (B, T) int64, on the device."""
         T = self.seq_len
+        # Consecutive windows share one token: the last target of one is the first input of the next.
         tokens = np.stack([self.stream.read(window * T, T + 1) for window in windows]).astype(np.int64)
         rows = torch.from_numpy(tokens)  # (B, T + 1)
+        # `device.type`, because comparing a torch.device with a string is always False.
         if self.device.type == "cuda":
+            # Only from pinned memory does the copy overlap with computation.
             rows = rows.pin_memory().to(self.device, non_blocking=True)
         else:
             rows = rows.to(self.device)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1], rows[:, 1:]  # two (B, T) views of the same memory
 
-    def train_batches(self, first: int, windows_per_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's batches from window `first` on, endlessly; the next is prepared while one is in use.
-
-        Args:
-            first: windows trained so far.
-            windows_per_step: W, a multiple of B * world_size.
-        """
-        micro_steps = windows_per_step // (self.micro_batch * self.world_size)
+    def train_batches(self, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields this rank's batches from window number `first` on, without end."""
 
         def prepare(index: int) -> tuple[Tensor, Tensor]:
-            step, micro_step = divmod(index, micro_steps)
-            return self.batch(
-                [
-                    self.window_at(n)
-                    for n in self.numbers_of_batch(first + step * windows_per_step, micro_step)
-                ]
-            )
+            # A pure function of the index: neither the thread that calls it nor the loop has a position.
+            # Steps need no mention here, because a step is a whole number of micro-steps.
+            return self.batch([self.window_at(number) for number in self.numbers_of_batch(first, index)])
 
+        # One thread prepares the next batch while the device works on the current one. A thread is enough:
+        # reading and copying release the global interpreter lock.
         with ThreadPoolExecutor(max_workers=1) as pool:
             coming = pool.submit(prepare, 0)
-            index = 0
-            while True:
+            for index in itertools.count(1):
                 batch = coming.result()
-                index += 1
                 coming = pool.submit(prepare, index)
                 yield batch
 
+    def describe_batch(self, first: int, micro_step: int, decode: Callable[[np.ndarray], str]) -> str:
+        """Place and beginning of the text in this rank's batch, for messages; see `numbers_of_batch`."""
+        start = self.window_at(self.numbers_of_batch(first, micro_step)[0]) * self.seq_len
+        name, position = self.stream.locate(start)
+        text = decode(self.stream.read(start, min(24, self.seq_len)))  # not beyond the end of the stream
+        return f"{name} position {position}, text {text!r}"
+
     def num_val_windows(self, num_tokens: int) -> int:
-        """Windows of an evaluation on `num_tokens` tokens, or on the whole stream if that is shorter."""
+        """Number of windows for an evaluation on `num_tokens` tokens, at most the whole stream."""
         return min(max(1, num_tokens // self.seq_len), self.windows_per_epoch)
 
     def val_batches(self, num_tokens: int) -> Iterator[tuple[Tensor, Tensor] | None]:
-        """This rank's share of the first `num_tokens` tokens, in order.
+        """Yields this rank's share of the first `num_tokens` tokens, in order.
 
-        Yields:
-            batches; the last may have fewer rows. All ranks get equally many items, None where there is
-            nothing left, so that what ranks do together after each item stays in step.
+        The last batch may have fewer rows. All ranks get equally many items, None where nothing is left, so
+        that collectives after each item are called equally often on every rank.
         """
         total = self.num_val_windows(num_tokens)
-        for round_start in range(0, total, self.micro_batch * self.world_size):
+        for round_start in range(0, total, self.micro_batch * self.world_size):  # one batch per rank
             start = round_start + self.rank * self.micro_batch
             windows = list(range(start, min(start + self.micro_batch, total)))
             yield self.batch(windows) if windows else None

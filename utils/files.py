@@ -1,46 +1,59 @@
-"""What everything that writes files needs: a file appears whole or not at all."""
+"""Files that appear whole or not at all, checked downloads, and locks.
 
-from __future__ import annotations
+A file is written as `.NAME.tmp-PID` in its folder and renamed when it is complete, so a process that is
+killed leaves the old file or the new one, and at most one temporary file for the next start to remove.
+"""
 
 import hashlib
+import http.client
 import os
+import shutil
+import sys
+import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Iterator
-
-CHUNK_BYTES = 1 << 20
+from typing import IO, Any
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for chunk in iter(lambda: file.read(CHUNK_BYTES), b""):
+        for chunk in iter(lambda: file.read(1 << 20), b""):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes a file before it is whole; `run_dir.sweep` removes what a kill leaves."""
+    """The name under which this process writes a file, or a folder, until it is complete."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
+def remove_temporary_files(folder: Path, name: str = "*") -> list[str]:
+    """Deletes files that killed processes left under temporary names, and returns these names.
+
+    Call it under the folder's lock. `name` is a pattern of the final names, as for `Path.glob`.
+    """
+    leftovers = sorted(path for path in folder.glob(f".{name}.tmp*") if path.is_file())
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return [path.name for path in leftovers]
+
+
 @contextmanager
-def whole_file(
-    path: Path, mode: str = "w", *, temporary: Path | None = None, durable: bool = False
-) -> Iterator[IO[Any]]:
+def whole_file(path: Path, mode: str = "w", *, durable: bool = False) -> Iterator[IO[Any]]:
     """Opens a file under a temporary name, which becomes `path` when the block ends without an exception.
 
     Args:
-        path: where it appears, replacing what was there; if anything fails, that is untouched.
+        path: where it appears, replacing an earlier file; if anything fails, that one is untouched.
         mode: as for `open`; text is UTF-8.
-        temporary: a name in the same folder, by default `temporary_name(path)`. It is gone at the end.
-        durable: flushes the file before the rename and the folder after it: a power cut leaves one of both.
+        durable: flush the file before the rename and the folder after it: then a power cut, too, leaves the
+            old file or the new one.
     """
-    temporary = temporary or temporary_name(path)
-    file = open(temporary, mode, encoding=None if "b" in mode else "utf-8")
+    temporary = temporary_name(path)
     try:
-        with file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             if durable:
                 file.flush()
@@ -53,7 +66,7 @@ def whole_file(
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries, so that a rename survives a power cut. Windows has no such call."""
+    """Flushes the entries of a folder, so that a rename survives a power cut. Windows has no such call."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -61,3 +74,48 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Holds an exclusive lock on a file; the system releases it however this process ends.
+
+    The file is created if missing, and stays. Where locks do not exist (some network file systems, Windows)
+    the block runs without one, after a warning.
+
+    Raises:
+        BlockingIOError: another process holds the lock; with `wait`, the call waits for it instead.
+        OSError: the file cannot be created.
+    """
+    with open(path, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError) as error:
+            reason = getattr(error, "strerror", None) or error
+            message = f"warning: {path} cannot be locked ({reason}); let no other process use its folder"
+            print(message, file=sys.stderr)
+        yield
+
+
+def download(url: str, path: Path, sha256: str, num_bytes: int | None = None) -> None:
+    """Fetches `url` to `path`, which appears only when its checksum and, if given, its size are right.
+
+    Raises:
+        OSError: no network, an HTTP error, or an unexpected file; nothing is left behind.
+    """
+    opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
+    try:
+        # 10 seconds are the longest wait for the connection, and for each piece of data.
+        with whole_file(path, "wb") as file, opener.open(url, timeout=10) as response:
+            shutil.copyfileobj(response, file)
+            file.flush()
+            size, digest = file.tell(), sha256_of(Path(file.name))
+            if digest != sha256 or num_bytes not in (None, size):
+                found = f"{size:,} bytes, SHA-256 {digest} (expected {sha256})"
+                raise OSError(f"{url} is not the expected file: {found}")
+    except http.client.HTTPException as error:  # not an OSError, unlike all other network failures
+        raise OSError(f"{url}: no valid HTTP response ({error!r})") from error

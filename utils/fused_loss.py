@@ -1,49 +1,43 @@
 """The language model's loss without the (B*T, V) logits.
 
-At 64 x 1024 tokens and 50304 words the logits alone are 13 GB, their softmax and its gradient as much again.
-Here some rows at a time go through projection, softmax, loss *and* gradient, then the next ones in the same
-memory, and only the gradients of the hidden states and of the weight are kept. The result is that of
-`F.cross_entropy(hidden @ weight.T, targets)`.
+At 64 x 1024 tokens and a vocabulary of 50304 the logits alone are 13 GB in float32, their softmax and its
+gradient as much again. Here a chunk of rows goes through projection, softmax, loss *and* gradient, then the
+next chunk reuses its memory, and only the gradients of the hidden states and of the weight are kept. The
+result equals `F.cross_entropy(hidden @ weight.T, targets)`.
 
 Shapes: N rows (B*T tokens), C channels, V vocabulary, R rows of a chunk.
 """
 
-from __future__ import annotations
-
-from typing import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from utils.cpu_matmul import add_product, compute_dtype, linear, zeros_to_add_to
+from utils.cpu_matmul import add_matmul, compute_dtype, linear, zeros_for_add_matmul
 
-IGNORE_INDEX = -100  # F.cross_entropy's default: a row with this target counts for nothing
+IGNORE_INDEX = -100  # F.cross_entropy's default: rows with this target are ignored
 
-# Rows of logits that exist at one time. Fewer make the matrix products less efficient, more take memory:
-# 1024 x 50304 floats are 206 MB. A GPU needs larger products to be busy.
+# Rows of logits in memory at a time: fewer make the matmuls less efficient, more take memory (1024 x 50304
+# floats are 206 MB). A GPU needs larger matmuls to be busy.
 CHUNK_ROWS = {"cpu": 1024, "cuda": 8192}
 
 
 def fused_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None
 ) -> Tensor:
-    """Mean cross-entropy of `hidden @ weight.T` against `targets`, the logits never existing as a whole.
+    """Mean cross-entropy of `hidden @ weight.T` against `targets`, in nats, a float32 scalar.
 
     Args:
         hidden: (N, C) last hidden states.
-        weight: (V, C) output projection, one row a word.
-        targets: (N,) word ids; IGNORE_INDEX marks rows that do not count.
-        chunk_rows: rows of logits that exist at one time; by default what suits the device.
-
-    Returns:
-        The mean over the rows that count, in nats, a float32 scalar (NaN where none counts, as in PyTorch).
+        weight: (V, C) output projection.
+        targets: (N,) token ids; rows with IGNORE_INDEX are ignored. The mean over no rows is NaN.
+        chunk_rows: rows of logits in memory at a time; by default what suits the device.
     """
-    # Asked here, because inside an autograd function grad mode is always off and needs_input_grad is True
-    # under no_grad.
+    # Checked here: in an autograd function grad mode is off, and needs_input_grad is True even under no_grad.
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        return _eager_loss(hidden, weight, targets, compute_dtype(hidden), chunk_rows)
-    counted = (targets != IGNORE_INDEX).sum()
-    return cross_entropy_rows(hidden, weight, targets, chunk_rows).sum() / counted
+        return _eager_loss(hidden, weight, targets, chunk_rows)
+    num_counted = (targets != IGNORE_INDEX).sum()
+    return cross_entropy_rows(hidden, weight, targets, chunk_rows).sum() / num_counted
 
 
 @torch.no_grad()
@@ -63,56 +57,43 @@ class _FusedCrossEntropy(torch.autograd.Function):
     """Forward computes the loss and both gradients of the *sum* of losses; backward only scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, dtype, chunk_rows):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None) -> Tensor:
+        dtype = compute_dtype(hidden)
         losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden, dtype=dtype)
-        low_weight = weight.to(dtype)  # cast once a call, not once a chunk
-        grad_weight = zeros_to_add_to(*weight.shape, like=low_weight)  # fp32: the sum runs over all chunks
+        low_weight = weight.to(dtype)  # cast once per call, not once per chunk
+        grad_weight = zeros_for_add_matmul(*weight.shape, like=low_weight)  # fp32: summed over all chunks
         for rows in _chunks(hidden, chunk_rows):
-            low_hidden = hidden[rows].to(dtype)
-            losses[rows] = _add_gradients(
-                low_hidden, low_weight, targets[rows], grad_hidden[rows], grad_weight
-            )
+            chunk = hidden[rows].to(dtype)
+            losses[rows] = _add_gradients(chunk, low_weight, targets[rows], grad_hidden[rows], grad_weight)
         num_counted = (targets != IGNORE_INDEX).sum()
         ctx.save_for_backward(grad_hidden, grad_weight.contiguous(), num_counted)
         ctx.dtypes = hidden.dtype, weight.dtype
         return losses.sum() / num_counted
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight, num_counted = ctx.saved_tensors
         scale = grad_output.float() / num_counted
         hidden_dtype, weight_dtype = ctx.dtypes
-        # The weight's gradient is large and ours alone, so it is scaled in place; autograd's version counter
-        # turns a second backward pass over the same graph into an error. It is returned, never written to
-        # .grad: DDP's hooks must see it, and the tied embedding adds its own part.
+        # The weight's gradient is large and referenced only here, so it is scaled in place; autograd's
+        # version counter turns a second backward pass over the same graph into an error. It is returned,
+        # never written to .grad: DDP's hooks must see it, and the tied embedding adds its own part.
         grad_hidden = (grad_hidden.float() * scale).to(hidden_dtype)
-        return grad_hidden, grad_weight.mul_(scale).to(weight_dtype), None, None, None
+        return grad_hidden, grad_weight.mul_(scale).to(weight_dtype), None, None
 
 
-def _outside_graphs(function: Callable) -> Callable:
-    """Compiled graphs stop before `function` and go on after it.
-
-    `torch._disable_dynamo` is the form of `torch.compiler.disable` that torch.optim uses itself: it imports
-    the compiler at the first call, not here, which saves every script two seconds at its start.
-    """
-    if hasattr(torch, "_disable_dynamo"):  # torch >= 2.1
-        return torch._disable_dynamo(function)
-    from torch import _dynamo
-
-    return _dynamo.disable(function)
+# Traced, the loop would be unrolled, and each chunk would have a buffer of its own. `torch._disable_dynamo`
+# is the form of `torch.compiler.disable` that torch.optim uses: it imports the compiler at the first call,
+# not here, which saves two seconds at the start of every script.
+@torch._disable_dynamo
+def _eager_loss(*arguments: Any) -> Tensor:
+    return _FusedCrossEntropy.apply(*arguments)
 
 
-@_outside_graphs  # traced, the loop would be unrolled, and each chunk would have a buffer of its own
-def _eager_loss(hidden, weight, targets, dtype, chunk_rows):
-    return _FusedCrossEntropy.apply(hidden, weight, targets, dtype, chunk_rows)
-
-
-def _chunks(hidden: Tensor, chunk_rows: int | None) -> Iterator[slice]:
-    """The rows of `hidden` (N, C), some at a time."""
-    N = len(hidden)
+def _chunks(hidden: Tensor, chunk_rows: int | None) -> list[slice]:
     R = chunk_rows or CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cpu"])
-    return (slice(start, min(start + R, N)) for start in range(0, N, R))
+    return [slice(start, start + R) for start in range(0, len(hidden), R)]  # of the rows
 
 
 def _add_gradients(
@@ -120,20 +101,19 @@ def _add_gradients(
 ) -> Tensor:
     """Losses (R,) of a chunk; writes the gradient of their sum to `grad_hidden`, adds it to `grad_weight`.
 
-    The (R, V) tensors end with this call, so that the next chunk gets their memory.
+    The (R, V) tensors are freed at the end of this call, so the next chunk reuses their memory.
     """
     losses, probs, logits = _losses(hidden, weight, targets)
-    # d(sum of losses)/d(logits) = softmax - onehot, unscaled: divided by N = 65,536 rows it would vanish in
-    # fp16.
+    # d(sum of losses)/d(logits) = softmax - onehot; divided by N = 65,536 rows it would underflow in fp16.
     probs[torch.arange(len(probs), device=hidden.device), targets.clamp(min=0)] -= 1
     grad_logits = probs if probs is logits else logits.copy_(probs)
-    # Ignored rows are zeroed in the (R, C) operands, not in the (R, V) one.
+    # Ignored rows are zeroed in the (R, C) operands, which is cheaper than in the (R, V) one.
     counting = (targets != IGNORE_INDEX).unsqueeze(1)
     torch.mul(linear(grad_logits, weight.t()), counting, out=grad_hidden)
     if hidden.dtype == torch.float32:
-        add_product(grad_weight, grad_logits.t(), hidden * counting)
+        add_matmul(grad_weight, grad_logits.t(), hidden * counting)
     else:
-        # A product of thousands of rows may leave fp16's range, before any scaler sees it.
+        # A sum over thousands of rows may overflow fp16 before the gradient scaler sees it.
         shrink = 64 if hidden.dtype == torch.float16 else 1
         grad_weight.add_(grad_logits.t() @ (hidden * counting / shrink), alpha=shrink)
     return losses
@@ -148,8 +128,8 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
     highest = logits.amax(dim=1).float()  # (R,)
     of_target = logits.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1).float()  # (R,)
     probs = logits.float()
-    torch.softmax(probs, dim=1, out=probs)  # has read each number for the last time when it writes it
-    # By way of the likeliest word, whose probability cannot vanish as the target's can: as exact as
-    # log_softmax, and without its exponential, which would be one more pass over the (R, V) numbers.
+    torch.softmax(probs, dim=1, out=probs)  # in place: safe, because each row is read before it is written
+    # Relative to the likeliest token, whose probability cannot underflow as the target's can: as exact as
+    # log_softmax, without its exponential, which would be one more pass over the (R, V) numbers.
     losses = (highest - of_target) - probs.amax(dim=1).log()
     return losses.masked_fill_(targets == IGNORE_INDEX, 0.0), probs, logits

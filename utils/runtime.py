@@ -1,6 +1,4 @@
-"""Device, dtype, compile and determinism: each decision with its reason in words."""
-
-from __future__ import annotations
+"""Device, dtype, compile, GEMM backend and determinism: each decision with its reason for the console."""
 
 import contextlib
 import ctypes
@@ -10,19 +8,22 @@ import re
 import shutil
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from utils.errors import UserError
+from utils.command_line import UserError
+from utils.cpu_matmul import cpu_info, mkl_is_slow, use_fast_linear
 
-OutOfMemory = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # renamed in torch 2.5
+MINIMUM_TORCH = (2, 10)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Dense bf16 peaks in FLOP/s by the vendors' data sheets (fp16 for the T4). The PCIe and NVL boards are
-# slower, so unknown.
+# Dense bf16 peaks in FLOP/s by the vendors' data sheets (fp16 for the T4). PCIe and NVL boards of the H100
+# and H200 are slower than SXM, so they count as unknown.
 PEAK_FLOPS = {
     r"H[12]00(?!.*(PCIe|NVL))": 989e12,
     r"A100": 312e12,
@@ -33,146 +34,122 @@ PEAK_FLOPS = {
 
 
 class Decision(NamedTuple):
-    """What was chosen, and why, in words for the console."""
+    """What was chosen, and the reason as text for the console."""
 
     value: Any
     reason: str
 
 
-def choose_device(requested: str, local_rank: int = 0) -> Decision:
-    """The torch.device for this process.
+def check_torch_version() -> None:
+    """Raises UserError below the oldest supported PyTorch.
 
-    Args:
-        requested: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        local_rank: number of this process on its machine; picks the GPU where only "cuda" or "auto" is asked.
+    Older versions can run code from a file that `weights_only=True` should make safe (CVE-2025-32434,
+    CVE-2026-24747).
+    """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < MINIMUM_TORCH:
+        needed = ".".join(map(str, MINIMUM_TORCH))
+        what = f"torch {torch.__version__} is too old (expected {needed} or newer)"
+        raise UserError(what, f"pip install -U 'torch>={needed}'")
+
+
+def choose_device(requested: str, local_rank: int = 0) -> Decision:
+    """The torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps".
+
+    `local_rank` selects the GPU for "auto" and "cuda".
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist here, or PyTorch is too old.
     """
+    check_torch_version()
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     has_mps = torch.backends.mps.is_available()
+    devices = ["cpu", *(f"cuda:{i}" for i in range(num_gpus)), *(["mps"] if has_mps else [])]
+    found = ", ".join(devices)
+    reason = "as asked"
     if requested == "auto":
-        if num_gpus:
-            requested, reason = "cuda", f"{num_gpus} CUDA device(s) found"
-        else:
-            requested, reason = ("mps", "no CUDA, but MPS") if has_mps else ("cpu", "no CUDA device found")
-    else:
-        reason = "as asked"
+        requested = "cuda" if num_gpus else "mps" if has_mps else "cpu"
+        reasons = {"cuda": f"{num_gpus} CUDA device(s) found", "mps": "no CUDA, but MPS"}
+        reason = reasons.get(requested, "no CUDA device found")
     try:
         device = torch.device(requested)
-    except RuntimeError as error:
-        raise UserError(
-            f"unknown device {requested!r} (expected {_devices_here()})", "--device auto picks one"
-        ) from error
-    if device.type == "cuda":
-        if not num_gpus:
-            raise UserError(
-                f"device {requested!r} asked but torch {torch.__version__} has no CUDA", "use --device cpu"
-            )
-        index = local_rank if device.index is None else device.index
-        if index >= num_gpus and device.index is not None:
-            raise UserError(
-                f"device {requested!r} does not exist (found {_devices_here()})", "--device auto picks one"
-            )
-        if index >= num_gpus:
-            raise UserError(
-                f"process {index} of this machine has no GPU of its own (found {_devices_here()})",
-                f"start at most {num_gpus} processes: torchrun --nproc_per_node={num_gpus}",
-                one_rank_only=True,
-            )
-        device = torch.device("cuda", index)
-    elif device.type == "mps" and not has_mps:
-        raise UserError(
-            f"device 'mps' asked but this machine has none (found {_devices_here()})", "use --device cpu"
-        )
-    elif device.type not in ("cpu", "mps"):
-        raise UserError(
-            f"unknown device {requested!r} (expected {_devices_here()})", "--device auto picks one"
-        )
+    except RuntimeError:
+        device = torch.device("meta")  # refused below, like every name that is not in `devices`
+    if device.type == "cuda" and not num_gpus:
+        what = f"device {requested!r} asked but torch {torch.__version__} has no CUDA"
+        raise UserError(what, "use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        if local_rank >= num_gpus:
+            what = f"process {local_rank} of this machine has no GPU of its own (found {found})"
+            hint = f"start at most {num_gpus} processes: torchrun --nproc_per_node={num_gpus}"
+            raise UserError(what, hint, one_rank_only=True)
+        device = torch.device("cuda", local_rank)
+    name = str(device) if device.type == "cuda" else device.type
+    if name not in devices:
+        raise UserError(f"unknown device {requested!r} (expected one of {found})", "--device auto picks one")
     return Decision(device, reason)
 
 
-def _devices_here() -> str:
-    names = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    return ", ".join(["cpu", *names, *(["mps"] if torch.backends.mps.is_available() else [])])
-
-
 def choose_dtype(requested: str, device: torch.device) -> Decision:
-    """The dtype of matrix products under autocast.
-
-    Args:
-        requested: "auto", "float32", "bfloat16" or "float16".
-        device: chosen before.
+    """The dtype of matmuls under autocast, for "auto" or a key of DTYPES.
 
     Raises:
-        UserError: the device lacks a dtype that was asked for by name.
+        UserError: the requested dtype is not available on this device.
     """
     if device.type == "cuda":
         # torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated (T4), hence the capability.
         capability = torch.cuda.get_device_capability(device)
-        native_bf16, words = capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"
+        native_bf16, name = capability >= (8, 0), f"compute capability {capability[0]}.{capability[1]}"
         automatic = torch.bfloat16 if native_bf16 else torch.float16
-        words += " computes bf16 natively" if native_bf16 else " has no native bf16"
     else:
-        native_bf16 = device.type == "cpu" and cpu_computes_bf16()
+        # AMX computes bf16 in tiles; avx512_bf16 alone is no faster than float32.
+        native_bf16 = device.type == "cpu" and "amx_bf16" in cpu_info()
+        name = f"this {device.type.upper()}"
         automatic = torch.bfloat16 if native_bf16 else torch.float32
-        words = (
-            f"this {device.type.upper()} {'computes' if native_bf16 else 'does not compute'} bf16 natively"
-        )
+    reason = f"{name} {'computes' if native_bf16 else 'does not compute'} bf16 natively"
     if requested == "auto":
-        return Decision(automatic, words)
+        return Decision(automatic, reason)
     dtype = DTYPES[requested]
     if dtype == torch.bfloat16 and device.type == "cuda" and not native_bf16:
-        raise UserError(
-            f"--dtype bfloat16 asked, but {words} (needs 8.0)", "use --dtype float16 or --dtype auto"
-        )
+        what = f"--dtype bfloat16 asked, but {reason} (needs 8.0)"
+        raise UserError(what, "use --dtype float16 or --dtype auto")
     if dtype == torch.float16 and device.type != "cuda":
-        raise UserError(
-            f"--dtype float16 asked on {device.type} (needs CUDA: it must scale the loss)",
-            "use --dtype auto or float32",
-        )
+        what = f"--dtype float16 asked on {device.type} (needs CUDA: it must scale the loss)"
+        raise UserError(what, "use --dtype auto or float32")
     return Decision(dtype, "as asked")
 
 
-def cpu_computes_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (AMX tiles); avx512_bf16 alone is no faster than
-    fp32.
-    """
-    try:
-        return "amx_bf16" in open("/proc/cpuinfo", encoding="utf-8").read()
-    except OSError:
-        return False
-
-
-def autocast(device: torch.device, dtype: torch.dtype):
-    """The context in which forward passes run: autocast to `dtype`, or nothing for float32."""
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """The context of a forward pass: autocast to `dtype`, or nothing for float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device_type=device.type, dtype=dtype)
 
 
-def make_scaler(device: torch.device, dtype: torch.dtype):
-    """Scales the loss where gradients would underflow (fp16), and passes everything through where not.
+def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
+    """Loss scaling for fp16, whose gradients would underflow; without effect for other dtypes.
 
-    Overflows need no agreement between ranks: the gradients it looks at have been summed over all of them.
+    Ranks need not agree on overflows: the gradients it inspects have been summed over all of them.
     """
-    enabled = dtype == torch.float16
-    if hasattr(torch.amp, "GradScaler"):  # torch >= 2.3
-        return torch.amp.GradScaler(device.type, enabled=enabled)
-    return torch.cuda.amp.GradScaler(enabled=enabled)
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def choose_matmul(model: nn.Module) -> str:
+    """On a CPU, exchanges the model's linear layers for faster ones; returns the GEMM backend as text."""
+    if model.lm_head.weight.device.type != "cpu":
+        return "matmuls by PyTorch"
+    use_fast_linear(model)
+    if mkl_is_slow() and torch.backends.mkldnn.enabled:
+        return "float32 matmuls by oneDNN (MKL does not use AVX-512 on AMD)"
+    return "matmuls by PyTorch, a few rows split over all threads"
 
 
 def choose_compile(requested: str, device: torch.device) -> Decision:
     """Whether to use torch.compile. `requested` is "auto", "on" or "off"."""
-    if requested == "off":
-        return Decision(False, "--no-compile")
-    if requested == "on":
-        return Decision(True, "--compile")
+    if requested != "auto":
+        return Decision(requested == "on", "--compile" if requested == "on" else "--no-compile")
     if device.type != "cuda":
         return Decision(False, f"auto: pays on CUDA, not on {device.type}")
-    try:
-        import triton  # noqa: F401
-    except ImportError:
+    if find_spec("triton") is None:
         return Decision(False, "auto: Triton is not installed")
     if torch.cuda.get_device_capability(device) < (7, 0):
         return Decision(False, "auto: Triton needs compute capability 7.0")
@@ -184,54 +161,45 @@ def choose_compile(requested: str, device: torch.device) -> Decision:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process reuse the pages of freed tensors instead of giving them back after every one.
+    """Makes malloc keep the pages of freed tensors for the next ones. Without glibc this does nothing.
 
-    glibc maps each large block anew and unmaps it when it is freed; on a CPU the page faults of that cost a
-    third of a small model's step. Elsewhere than on Linux with glibc this does nothing.
+    By default glibc maps each large block anew and unmaps it when it is freed; on a CPU those page faults
+    cost a third of a small model's step.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
-    libc.mallopt(m_mmap_max, 0)
-    libc.mallopt(m_trim_threshold, -1)
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # names and numbers of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
 
 
-def set_numerics(seed: int, deterministic: bool) -> str:
-    """Seeds, TF32 and determinism for the whole process. Returns what to tell the user."""
+def set_numerics(seed: int, *, deterministic: bool) -> str:
+    """Sets seed, TF32 and determinism for the whole process; returns a description for the console."""
     torch.manual_seed(seed)
-    # TF32 for fp32 products on CUDA: 10 bits of mantissa, 8x the speed.
-    torch.set_float32_matmul_precision("high")
-    if not deterministic:
-        return "TF32 matrix products on where the device has them"
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    return "TF32 matrix products on where the device has them; deterministic algorithms only"
+    torch.set_float32_matmul_precision("high")  # TF32 on CUDA: 10 bits of mantissa, 8x the speed on an A100
+    description = "TF32 matmuls on where the device has them"
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        description += "; deterministic algorithms only"
+    return description
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words: the GPU's name, or the CPU's with its number of threads."""
+    """Name of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return "Apple GPU (MPS)"
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in open("/proc/cpuinfo", encoding="utf-8"):
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine() or "CPU"
+    found = re.search(r"^model name\s*:(.*)", cpu_info(), re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine() or "CPU"
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def peak_flops(device: torch.device, num_devices: int = 1) -> float | None:
-    """Dense half-precision peak in FLOP/s of so many GPUs of a known kind; None for others: no guess."""
+    """Dense half-precision peak in FLOP/s of `num_devices` GPUs; None where it is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -239,11 +207,23 @@ def peak_flops(device: torch.device, num_devices: int = 1) -> float | None:
     return peaks[0] * num_devices if peaks else None
 
 
+def memory_bytes(device: torch.device) -> int | None:
+    """Memory of the device; for a CPU that of the machine or of its container. None where it is unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no container, not Linux, or "max": no limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return total
+
+
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: allocated by tensors on CUDA, resident in the whole process elsewhere."""
+    """Peak memory of this process so far: of its tensors on CUDA, else its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError):  # Linux, whose getrusage also counts the process that started this one
+    with contextlib.suppress(OSError):  # Linux: its getrusage would include the process that started this one
         status = Path("/proc/self/status").read_text()
         return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
     try:

@@ -1,121 +1,123 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, and single characters for the smallest experiments.
 
-Both tokenizers have the same few members:
-    name            "gpt2" or "char"
-    num_words       ids that exist, 0..num_words-1
-    vocab_size      num_words, padded for the model where that pays
-    end_of_text     id of <|endoftext|>, or None
-    encode(text, allow_special=False)
-                    -> 1-D numpy array of ids, uint16, or uint32 where ids need it; <|endoftext|> is text
-                    like any other unless special tokens are allowed
-    decode(ids)     -> text
-    state()         -> plain dict for a checkpoint; `tokenizer_from_state` reads it
+GPT-2's byte-level BPE: Radford et al. 2019, section 2.2. This module is the one home of its numbers.
 """
 
-from __future__ import annotations
-
-import codecs
 import hashlib
 import lzma
-from functools import lru_cache
-from itertools import accumulate
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Protocol
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.command_line import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-# 393 x 128: matrix products like multiples of 128; the 47 extra words are never sampled.
-PADDED_GPT2_VOCAB = 50304
+END_OF_TEXT_ID = 50256  # the last one: 256 bytes and 50,000 merges come before it
+GPT2_VOCAB_SIZE = 50257
+PADDED_GPT2_VOCAB = 50304  # 393 x 128: padded for efficient matmuls; the 47 extra ids are never sampled
+
 MERGES_PATH = Path(__file__).with_name("gpt2_bpe") / "vocab.bpe.xz"
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # pinned by tiktoken, too
-# How GPT-2 cuts text into pieces before it merges bytes, with possessive quantifiers (++): same pieces, no
-# backtracking.
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # tiktoken pins the same
+# GPT-2's split pattern with possessive quantifiers (++): the same pieces without backtracking.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
+class Tokenizer(Protocol):
+    """What every tokenizer has."""
+
+    name: str  # "gpt2", "char", or "folder" (files of transformers)
+    vocab_size: int  # ids are 0..vocab_size-1
+    padded_vocab_size: int  # vocabulary size of a model trained with it
+    end_of_text: int | None  # id of <|endoftext|>
+
+    def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
+        """Ids of a text, 1-D unsigned integers; <|endoftext|> is ordinary text unless `allow_special`."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, from which `tokenizer_from_state` restores the tokenizer."""
+
+
 class GPT2Tokenizer:
-    """GPT-2's BPE through tiktoken, from the merges that travel with the project: no download, no cache."""
+    """GPT-2's BPE through tiktoken, from the merges in utils/gpt2_bpe/: no download, no cache."""
 
     name = "gpt2"
-    num_words = 50257
-    vocab_size = PADDED_GPT2_VOCAB
-    end_of_text = 50256
+    vocab_size = GPT2_VOCAB_SIZE
+    padded_vocab_size = PADDED_GPT2_VOCAB
+    end_of_text = END_OF_TEXT_ID
 
     def __init__(self):
         self.encoding = gpt2_encoding()
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Ids of `text`, uint16.
-
-        The letters "<|endoftext|>" are text like any other unless `allow_special`.
-        """
         return np.array(encode_text(text, allow_special), dtype=np.uint16)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
         return self.encoding.decode([int(i) for i in ids])
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         return {"name": self.name}
 
 
 class CharTokenizer:
-    """One id a character. The vocabulary is the sorted set of a text's characters."""
+    """One id per character: its index in `characters`."""
 
     name = "char"
     end_of_text = None
 
     def __init__(self, characters: str):
         self.characters = characters
-        self.num_words = self.vocab_size = len(characters)
+        self.vocab_size = self.padded_vocab_size = len(characters)
         self._id_of = {character: i for i, character in enumerate(characters)}
 
     @classmethod
-    def from_text(cls, text: str) -> CharTokenizer:
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """The tokenizer whose vocabulary is the characters of a text."""
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Ids of `text`; characters outside the vocabulary are left out, with one line that names them."""
+        """Ids of a text, 1-D uint16 or uint32; unknown characters are left out, with a warning."""
         unknown = sorted(set(text) - self._id_of.keys())
         if unknown:
             from utils.distributed import environment_rank  # here: tokenizing shards needs no torch
 
             if environment_rank() == 0:
-                print(
-                    f"warning: {len(unknown)} characters are not in the vocabulary and left out: "
-                    f"{''.join(unknown[:20])!r}"
-                )
-        dtype = np.uint16 if self.num_words <= 1 << 16 else np.uint32
-        return np.array(
-            [self._id_of[character] for character in text if character in self._id_of], dtype=dtype
-        )
+                some, count = "".join(unknown[:20]), len(unknown)
+                print(f"warning: {count} characters are not in the vocabulary and left out: {some!r}")
+        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+        return np.array([self._id_of[c] for c in text if c in self._id_of], dtype=dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[int(i)] for i in ids)
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Any]:
         return {"name": self.name, "characters": self.characters}
 
 
-def tokenizer_from_state(state: dict) -> GPT2Tokenizer | CharTokenizer:
-    """The tokenizer whose `state()` a checkpoint holds.
-
-    Raises UserError for that of a folder of transformers, unless it is GPT-2's.
-    """
+def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
+    """The tokenizer with this `state()`. Raises UserError for a "folder", a tokenizer of transformers."""
     if state["name"] == "char":
         return CharTokenizer(state["characters"])
     if state["name"] == "folder":
-        raise UserError(
-            "the model's folder holds a tokenizer of its own, not GPT-2's BPE",
-            "only eval_hellaswag.py reads with such a tokenizer",
-        )
+        what = "the model's folder holds a tokenizer of its own, not GPT-2's BPE"
+        raise UserError(what, "only eval_hellaswag.py can use such a tokenizer")
     return GPT2Tokenizer()
 
 
+def check_vocab_size(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Raises UserError if the tokenizer has ids that the model does not have."""
+    if tokenizer.vocab_size > model_vocab_size:
+        what = f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model_vocab_size}"
+        raise UserError(what, "use the tokenizer that the model was trained with")
+
+
 def tiktoken_is_installed() -> bool:
+    """Whether GPT-2's BPE can be used here."""
     try:
         import tiktoken  # noqa: F401
     except ImportError:
@@ -123,73 +125,68 @@ def tiktoken_is_installed() -> bool:
     return True
 
 
-@lru_cache(maxsize=None)
-def gpt2_encoding():
-    """tiktoken's Encoding for GPT-2, built from the merges under utils/gpt2_bpe/.
+@cache
+def gpt2_encoding() -> Any:
+    """tiktoken's Encoding for GPT-2. Raises UserError if tiktoken or the merges are missing."""
+    if not tiktoken_is_installed():
+        raise UserError("tiktoken is not installed", "pip install tiktoken, or use --tokenizer char")
+    import tiktoken
 
-    Raises UserError if it cannot be.
-    """
-    try:
-        import tiktoken
-    except ImportError as error:
-        raise UserError(
-            "tiktoken is not installed", "pip install tiktoken, or use --tokenizer char"
-        ) from error
     return tiktoken.Encoding(
         name="gpt2",
         pat_str=SPLIT_PATTERN,
         mergeable_ranks=load_merges(),
-        special_tokens={END_OF_TEXT: 50256},
-        explicit_n_vocab=50257,
+        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
+        explicit_n_vocab=GPT2_VOCAB_SIZE,
     )
 
 
 def encode_text(text: str, allow_special: bool = False) -> list[int]:
-    """tiktoken's own ids of a text. Raises UserError for one whose white space it cannot split."""
-    encoding = gpt2_encoding()
+    """Ids of a text by tiktoken. Raises UserError for white space that tiktoken cannot split."""
     allowed = {END_OF_TEXT} if allow_special else set()
     try:
-        # The ids of its encode_ordinary, which would panic, with Rust's backtrace, where this one raises.
-        return encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        # The same ids as encode_ordinary's, which panics with a Rust backtrace where this raises.
+        return gpt2_encoding().encode(text, allowed_special=allowed, disallowed_special=())
     except BaseException as error:
-        # Older ones panic here, too, and Rust's PanicException is no Exception.
+        # Older versions of tiktoken panic here as well, and Rust's PanicException is not an Exception.
         if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(
-            f"tiktoken cannot split a text of {len(text):,} characters ({str(error)[:100]})",
-            "shorten its runs of white space: a million in a row are too many",
-        ) from error
+        what = f"tiktoken cannot split a text of {len(text):,} characters ({str(error)[:100]})"
+        hint = "shorten its runs of white space: a million characters in a row are too many"
+        raise UserError(what, hint) from error
 
 
-@lru_cache(maxsize=None)
-def load_merges(path: Path = MERGES_PATH) -> dict[bytes, int]:
-    """Reads the merge table into bytes -> id. Raises UserError unless its SHA-256 is the published one."""
+def byte_alphabet() -> dict[str, int]:
+    """The byte of each character that stands for a byte in GPT-2's files, in the order of ids 0..255.
+
+    Printable bytes stand for themselves and come first; the other 68 are written as U+0100 onwards.
+    """
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and not chr(byte).isspace()]
+    others = [byte for byte in range(256) if byte not in printable]
+    names = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+    return dict(zip(names, printable + others))
+
+
+@cache
+def read_merges(path: Path = MERGES_PATH) -> str:
+    """GPT-2's merges: a version line, then a pair per line, by rank. Raises UserError if they are damaged."""
+    hint = "restore the file: git checkout -- utils/gpt2_bpe"
     try:
         data = lzma.decompress(path.read_bytes())
     except (OSError, lzma.LZMAError) as error:
-        hint = "restore the file: git checkout -- utils/gpt2_bpe"
         raise UserError(f"cannot read {path}: {error}", hint) from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != MERGES_SHA256:
-        raise UserError(
-            f"{path} has SHA-256 {digest} (expected {MERGES_SHA256})",
-            "restore the file: git checkout -- utils/gpt2_bpe",
-        )
-    # The file writes each byte as a printable character: printable bytes as themselves, the other 68 as
-    # U+0100 onwards. Ids 0..255 are the bytes in that order, printable ones first.
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    character_of = {byte: chr(byte) for byte in printable}
-    character_of.update({byte: chr(256 + i) for i, byte in enumerate(others)})
-    to_byte = codecs.charmap_build("".join(character_of[byte] for byte in range(256)))
-    # The first line is a version, the last one empty; each of the others is a pair.
-    words = data.decode("utf-8").replace(" ", "").split("\n")[1:-1]
-    joined, _ = codecs.charmap_encode("".join(words), "strict", to_byte)
-    ends = list(accumulate(map(len, words), initial=0))
-    tokens = [bytes([byte]) for byte in printable + others]
-    tokens += [joined[start:end] for start, end in zip(ends, ends[1:])]
-    return {token: rank for rank, token in enumerate(tokens)}
+        raise UserError(f"{path} has SHA-256 {digest} (expected {MERGES_SHA256})", hint)
+    return data.decode("utf-8")
+
+
+def token_strings() -> list[str]:
+    """The 50,256 ordinary tokens by id, each byte written as its character of `byte_alphabet`."""
+    return [*byte_alphabet(), *read_merges().replace(" ", "").split("\n")[1:-1]]
+
+
+def load_merges() -> dict[bytes, int]:
+    """The merge table as tiktoken takes it: the bytes of each token and its id."""
+    table = {ord(character): byte for character, byte in byte_alphabet().items()}
+    return {token.translate(table).encode("latin-1"): rank for rank, token in enumerate(token_strings())}

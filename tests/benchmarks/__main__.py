@@ -1,8 +1,9 @@
-"""Measures the parts of the project: `python -m tests.benchmarks PART`, and `... PART --help`.
+"""Measures a part of the project: `python -m tests.benchmarks PART`; `... PART --help` lists its flags.
 
-A part is a module of this package with two functions: `add_arguments(parser)` declares its flags,
-and `run(args)` measures, prints, and returns its figures, a dict of plain values. `figures["agree"]` says
-whether what was compared gave the same results: if not, there is nothing to compare, and the exit code is 1.
+A part is a module of this package with two functions: `add_arguments(parser)` declares its flags, and
+`measure(args)` measures, prints what it found, and returns the figures, a dict of plain values.
+`figures["agree"]` tells whether the compared implementations gave the same results; if not, the exit code
+is 1.
 """
 
 from __future__ import annotations
@@ -16,28 +17,24 @@ from pathlib import Path
 
 import torch
 
-from utils.command_line import ArgumentParser
-from utils.errors import Unfinished, UserError, run_script
+from utils.command_line import ArgumentParser, Unfinished, UserError, run_script
 from utils.files import whole_file
 from utils.runtime import device_name
 
-
-def parts() -> list[str]:
-    """Names of the parts that are there."""
-    return ["generate", "hellaswag", "loader", "shards", "step"]
+PARTS = ("step", "generate", "hellaswag", "shards", "loader")
 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    choice = ArgumentParser(prog="-m tests.benchmarks", description="Measures a part of the project.")
-    choice.add_argument("part", choices=parts(), help="what to measure; its flags follow, see PART --help")
+    choice = ArgumentParser(prog="-m tests.benchmarks", description="Measure a part of the project.")
+    choice.add_argument("part", choices=PARTS, help="part to measure; its flags follow, see PART --help")
     part = choice.parse_args(argv[:1]).part
-    # Only this one is imported: another may need a package that is not installed.
+    # Only this module is imported: the others may need packages that are not installed.
     module = importlib.import_module(f"tests.benchmarks.{part}")
     description = (module.__doc__ or "").split("\n")[0]
     parser = ArgumentParser(prog=f"-m tests.benchmarks {part}", description=description)
     module.add_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args(argv[1:])
     figures = {
         "part": part,
@@ -45,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cpu": device_name(torch.device("cpu")),
-        **module.run(args),
+        **module.measure(args),
     }
     if args.json is not None:
         try:
@@ -55,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
             what = f"cannot write {args.json}: {error.strerror}"
             raise UserError(what, "give --json another file") from error
     if not figures["agree"]:
-        raise Unfinished("what was compared gave different results", "see above; the figures mean nothing")
+        what = "the compared implementations gave different results"
+        raise Unfinished(what, "find the cause in the output above; these figures compare nothing")
     return 0
 
 

@@ -1,113 +1,149 @@
-"""Sampling one text: ours beside Hugging Face with its cache, and beside plain PyTorch without one.
+"""Samples one text: this project, Hugging Face with its cache, and plain PyTorch without a cache.
 
-Greedy and in float32, from random weights, which cost as much as any: all must write the same tokens.
+Greedy decoding in float32. The weights are random, which costs as much as trained ones. All must produce the
+same tokens.
 """
 
 from __future__ import annotations
 
 import statistics
+from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from tests.benchmarks.interleaved import Contender, read_bandwidth
+from gpt_model import GPT
+from tests.benchmarks.interleaved import BenchmarkProcess, read_bandwidth
 from tests.benchmarks.plain_gpt2 import plain_greedy, plain_twin
 from tests.benchmarks.step import Size, fresh_model, hugging_face_twin
-from utils.command_line import positive_int
-from utils.runtime import choose_device, device_name
-from utils.tokenizer import PADDED_GPT2_VOCAB
+from utils.command_line import ArgumentParser, positive_int
+from utils.runtime import choose_device, choose_matmul, device_name
+from utils.tokenizer import END_OF_TEXT_ID, PADDED_GPT2_VOCAB
 
-PROMPT = [[50256]]  # <|endoftext|>
+PROMPT = [[END_OF_TEXT_ID]]  # (1, 1)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """The flags of `python -m tests.benchmarks generate`."""
     add = parser.add_argument
-    add("--n-layer", type=positive_int, default=12, help="layers")
-    add("--n-head", type=positive_int, default=12, help="attention heads")
-    add("--n-embd", type=positive_int, default=768, help="channels")
-    add("--max-new-tokens", type=positive_int, default=512, help="of the text")
-    add("--rounds", type=positive_int, default=8, help="in each the text, and a part of it without a cache")
+    add("--n-layer", type=positive_int, default=12, help="number of layers")
+    add("--n-head", type=positive_int, default=12, help="number of attention heads")
+    add("--n-embd", type=positive_int, default=768, help="number of channels")
+    add("--max-new-tokens", type=positive_int, default=512, help="length of the text in tokens")
+    add("--rounds", type=positive_int, default=8, help="number of texts; without a cache, a part of one each")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 
-def model_for(args, device: torch.device):
-    """Random weights, and a block that holds the whole text."""
-    sizes = Size(args.n_layer, args.n_head, args.n_embd, len(PROMPT[0]) + args.max_new_tokens, 1)
-    return fresh_model(sizes, PADDED_GPT2_VOCAB, device).eval()
+# ------------------------------------------------------------------------------------------------------------
+# The implementations. Each function runs in a process of its own; returns (device, work).
 
 
-def prepare_ours(args, device: torch.device):
-    """`GPT.generate`: the tokens of the text, prompt included."""
+def model_for(args: Namespace, device: torch.device) -> GPT:
+    """A model with random weights whose block holds the whole text."""
+    size = Size(args.n_layer, args.n_head, args.n_embd, len(PROMPT[0]) + args.max_new_tokens, 1)
+    return fresh_model(size, PADDED_GPT2_VOCAB, device).eval()
+
+
+def prepare_ours(args: Namespace, device: torch.device) -> tuple[torch.device, Callable[[], list[int]]]:
+    """`GPT.generate`; the work returns the ids of the text, prompt included."""
     model, prompt = model_for(args, device), torch.tensor(PROMPT, device=device)
+    choose_matmul(model)
     return device, lambda: model.generate(prompt, args.max_new_tokens, temperature=0)[0].tolist()
 
 
-def prepare_hugging_face(args, device: torch.device):
-    """transformers' `generate` with its cache."""
+def prepare_hugging_face(
+    args: Namespace, device: torch.device
+) -> tuple[torch.device, Callable[[], list[int]]]:
+    """transformers' `generate` with its cache; the work returns the ids of the text."""
     model, prompt = hugging_face_twin(model_for(args, device)).eval(), torch.tensor(PROMPT, device=device)
     length = dict(min_new_tokens=args.max_new_tokens, max_new_tokens=args.max_new_tokens)
     options = dict(attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0, **length)
     return device, lambda: model.generate(prompt, **options)[0].tolist()
 
 
-def prepare_plain(args, device: torch.device):
-    """All of the text through the model for every token: `work(ids so far, number of tokens)`."""
+def prepare_plain(
+    args: Namespace, device: torch.device
+) -> tuple[torch.device, Callable[[list[int], int], list[int]]]:
+    """Plain PyTorch; the work continues given ids by a number of tokens and returns all ids."""
     model = plain_twin(model_for(args, device))
 
-    def work(ids: list[int], count: int) -> list[int]:
-        return plain_greedy(model, torch.tensor([ids], device=device), count)[0].tolist()
+    def work(ids: list[int], num_tokens: int) -> list[int]:
+        return plain_greedy(model, torch.tensor([ids], device=device), num_tokens)[0].tolist()
 
     return device, work
 
 
-def run(args) -> dict[str, Any]:
-    """Prints a table of the three, and whether they wrote the same. Returns all figures."""
-    device, total = choose_device(args.device).value, args.max_new_tokens
-    ours = Contender("ours", prepare_ours, args, device)
-    theirs = Contender("Hugging Face", prepare_hugging_face, args, device)
-    plain = Contender("no cache", prepare_plain, args, device)
-    contenders = [contender.ready() for contender in (ours, theirs, plain)]
-    text = ours.turn(counts=False)
-    agree = theirs.turn(counts=False) == text
-    plain.turn(text[:1], 1, counts=False)
-    ratios = []
-    for number in range(args.rounds):
-        ours.turn()
-        theirs.turn()
-        ratios.append(theirs.seconds[-1] / ours.seconds[-1])
-        # Without a cache the whole text takes minutes: every round adds the part that follows.
-        start, end = (len(PROMPT[0]) + n * total // args.rounds for n in (number, number + 1))
-        agree = plain.turn(text[:start], end - start) == text[:end] and agree
-    agree = agree and all(other == text for other in ours.results + theirs.results)
-    for contender in contenders:
-        contender.finish()
+# ------------------------------------------------------------------------------------------------------------
+# The measurement
 
+
+def measure(args: Namespace) -> dict[str, Any]:
+    """Prints a table of the three implementations and whether their tokens agree. Returns all figures."""
+    device, num_tokens = choose_device(args.device).value, args.max_new_tokens
+    ours = BenchmarkProcess("ours", prepare_ours, args, device)
+    hugging_face = BenchmarkProcess("Hugging Face", prepare_hugging_face, args, device)
+    plain = BenchmarkProcess("no cache", prepare_plain, args, device)
+    ratio, agree = sample_interleaved(ours, hugging_face, plain, args.rounds, num_tokens)
     model = model_for(args, torch.device("cpu"))
-    # Every token reads all of the weights but the other tokens' positions: 4 bytes each.
+    # Each token reads all float32 weights once, except the embeddings of the other positions.
     limit = read_bandwidth(device) / (4 * model.num_parameters(count_positions=False))
     figures = {
         "device": device_name(device),
         "parameters": model.num_parameters(),
-        "new_tokens": total,
+        "new_tokens": num_tokens,
         "rounds": args.rounds,
         "limit_tokens_per_second": limit,
         "agree": agree,
     }
     print(", ".join(f"{name} {value}" for name, value in figures.items()))
     print(f"{'':14}{'tokens/s':>10}{'of limit':>10}{'memory':>11}{'time':>8}")
-    for contender in contenders:
-        seconds = sum(plain.seconds) if contender is plain else contender.median
-        ratio = statistics.median(ratios) if contender is theirs else seconds / ours.median
-        figures[contender.name] = {
-            "tokens_per_second": total / seconds,
-            "share_of_limit": total / seconds / limit,
-            "peak_memory_bytes": contender.memory,
-            "time_ratio": ratio,
+    plain_seconds = sum(plain.seconds)  # its rounds together are one text
+    for process, seconds, time_ratio in (
+        (ours, ours.median_seconds, 1.0),
+        (hugging_face, hugging_face.median_seconds, ratio),
+        (plain, plain_seconds, plain_seconds / ours.median_seconds),
+    ):
+        speed = num_tokens / seconds
+        figures[process.name] = {
+            "tokens_per_second": speed,
+            "share_of_limit": speed / limit,
+            "peak_memory_bytes": process.peak_memory_bytes,
+            "time_ratio": time_ratio,
         }
-        print(
-            f"{contender.name:14}{total / seconds:10,.1f}{total / seconds / limit:10.0%}"
-            f"{contender.memory / 1e9:8.2f} GB{ratio:7.2f}x"
-        )
-    print("all wrote the same tokens" if agree else "they DISAGREE about the tokens")
+        memory = process.peak_memory_bytes / 1e9
+        print(f"{process.name:14}{speed:10,.1f}{speed / limit:10.0%}{memory:8.2f} GB{time_ratio:7.2f}x")
+    print("all produced the same tokens" if agree else "the tokens DISAGREE")
     return figures
+
+
+def sample_interleaved(
+    ours: BenchmarkProcess,
+    hugging_face: BenchmarkProcess,
+    plain: BenchmarkProcess,
+    rounds: int,
+    num_tokens: int,
+) -> tuple[float, bool]:
+    """Samples the text in all processes, `rounds` times after a warm-up, and closes them.
+
+    Returns:
+        The median ratio of Hugging Face's time to ours, and whether all texts were the same.
+    """
+    processes = (ours, hugging_face, plain)
+    for process in processes:
+        process.wait_until_ready()
+    text = ours.execute(timed=False)
+    agree = hugging_face.execute(timed=False) == text
+    plain.execute(text[:1], 1, timed=False)
+    ratios = []
+    for number in range(rounds):
+        ours.execute()
+        hugging_face.execute()
+        ratios.append(hugging_face.seconds[-1] / ours.seconds[-1])
+        # Without a cache the whole text takes minutes, so every round adds the next part of it.
+        start, end = (len(PROMPT[0]) + n * num_tokens // rounds for n in (number, number + 1))
+        agree = plain.execute(text[:start], end - start) == text[:end] and agree
+    for process in processes:
+        process.close()
+    agree = agree and all(other == text for other in ours.results + hugging_face.results)
+    return statistics.median(ratios), agree

@@ -1,45 +1,60 @@
-"""HellaSwag examples per second: prefix trees in batches, beside the plain loop of four padded rows.
+"""HellaSwag examples per second: prefix trees in batches, and the plain loop of four padded rows per example.
 
-Random weights do: the work is the same. Both run in this process, in turns, on the same examples, and their
-losses are compared.
+The weights are random, which costs as much as trained ones. Both forms run alternately in this process, on
+the same model and examples, and their losses must agree.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from eval_hellaswag import completion_losses, render_multiple_choice_tensors, score_examples
+from eval_hellaswag import (
+    Example,
+    completion_losses,
+    make_example,
+    render_multiple_choice_tensors,
+    score_examples,
+)
 from gpt_model import GPT, GPTConfig
-from utils.command_line import positive_int
+from utils.command_line import ArgumentParser, positive_int
 from utils.distributed import Distributed
 from utils.hellaswag.dataset import NUM_ENDINGS, choose_directory, find_or_download, read_rows
-from utils.hellaswag.examples import Example, make_example
-from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, device_name, peak_memory_bytes
-from utils.tokenizer import PADDED_GPT2_VOCAB, GPT2Tokenizer
+from utils.runtime import (
+    DTYPES,
+    autocast,
+    choose_device,
+    choose_dtype,
+    choose_matmul,
+    device_name,
+    peak_memory_bytes,
+)
+from utils.tokenizer import PADDED_GPT2_VOCAB, GPT2Tokenizer, Tokenizer
 
-# Largest differences of a mean loss that are rounding, in float32 and in a dtype of 8 to 11 bits.
-AGREE, AGREE_LOW = 1e-4, 5e-2
+# Largest differences of mean losses that rounding explains: in float32, and in bf16 or fp16.
+MAX_DIFFERENCE, MAX_DIFFERENCE_LOW_PRECISION = 1e-4, 5e-2
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """The flags of `python -m tests.benchmarks hellaswag`."""
     add = parser.add_argument
-    add("--examples", type=positive_int, default=32, help="spread over the lengths of the validation set")
-    add("--rounds", type=positive_int, default=7, help="of each, in turns; the median counts")
-    add("--n-layer", type=positive_int, default=12, help="layers")
-    add("--n-head", type=positive_int, default=12, help="attention heads")
-    add("--n-embd", type=positive_int, default=768, help="channels")
+    add("--examples", type=positive_int, default=32, help="number of validation examples, of all lengths")
+    add("--rounds", type=positive_int, default=7, help="number of interleaved rounds; the median is reported")
+    add("--n-layer", type=positive_int, default=12, help="number of layers")
+    add("--n-head", type=positive_int, default=12, help="number of attention heads")
+    add("--n-embd", type=positive_int, default=768, help="number of channels")
     add("--block-size", type=positive_int, default=1024, help="longest row in tokens")
-    add("--batch-tokens", type=positive_int, help="positions at one time; default: by device")
+    add("--batch-tokens", type=positive_int, help="tokens per forward pass; default: by device")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of matrix products")
-    add("--hellaswag-dir", type=Path, metavar="DIR", help="default: HELLASWAG_DIR, or hellaswag/")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the matmuls")
+    add("--hellaswag-dir", type=Path, metavar="DIR", help="default: $HELLASWAG_DIR, else hellaswag/")
 
 
 @torch.no_grad()
@@ -48,22 +63,27 @@ def score_padded_rows(
     rows: Sequence[dict[str, Any]],
     dtype: torch.dtype = torch.float32,
     style: str = "completion",
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
 ) -> np.ndarray:
-    """The reference: summed losses (len(rows), 4), by a forward pass of four padded rows and all logits each.
+    """The reference: a forward pass over four padded rows, with all logits, for each example.
 
     Args:
-        rows: of the data set, not tokenized yet: this loop has always done that as it goes.
+        rows: rows of the data set; tokenized here, as this loop traditionally does.
+        style, tokenizer: see `render_multiple_choice_tensors`.
+
+    Returns:
+        (len(rows), 4) summed loss of each ending in nats.
     """
     device = model.lm_head.weight.device
     tokenizer = tokenizer or GPT2Tokenizer()
     loss_sum = np.empty((len(rows), NUM_ENDINGS))
     for number, row in enumerate(rows):
         _, tokens, mask, _ = render_multiple_choice_tensors(row, tokenizer, model.config.block_size, style)
-        tokens, mask = tokens.to(device), mask.to(device)
+        tokens, mask = tokens.to(device), mask.to(device)  # (4, N)
         with autocast(device, dtype):
-            logits, _ = model(tokens)
-        loss_sum[number] = completion_losses(tokens, mask, logits)[0].cpu().numpy()
+            logits, _ = model(tokens)  # (4, N, V)
+        # Losses in float32 also where the logits are bf16: numpy has no bf16, and sums would lose digits.
+        loss_sum[number] = completion_losses(tokens, mask, logits.float())[0].cpu().numpy()
     return loss_sum
 
 
@@ -73,7 +93,7 @@ def score_trees(
     dtype: torch.dtype = torch.float32,
     batch_tokens: int | None = None,
 ) -> np.ndarray:
-    """The same numbers, (len(examples), 4), as the evaluation gets them; example i must have index i."""
+    """The same losses, (len(examples), 4), as the evaluation computes them; example i must have index i."""
     dist = Distributed(model.lm_head.weight.device)
     loss_sum = np.empty((len(examples), NUM_ENDINGS))
     for batch, losses in score_examples(model, examples, dtype, batch_tokens, dist):
@@ -82,10 +102,10 @@ def score_trees(
 
 
 def choose_rows(rows: Sequence[dict[str, Any]], count: int, group: int = 8) -> list[dict[str, Any]]:
-    """Rows that stand for all: neighbours in length, in groups at equal distances in the order of length.
+    """Chooses rows of all lengths: groups of neighbours in the order of length, at equal distances.
 
-    Every so many rows would have the same lengths, but lie so far apart that batches of similar length were
-    mostly padding, which the whole set, fifty times as dense, is not.
+    Single rows at equal distances would have the same lengths, but neighbours so different that batches of
+    similar length would be mostly padding. In the whole set, fifty times as dense, they are not.
     """
     by_length = sorted(rows, key=lambda row: len(row["ctx"]) + sum(map(len, row["endings"])))
     count = min(count, len(rows))
@@ -99,43 +119,54 @@ def choose_rows(rows: Sequence[dict[str, Any]], count: int, group: int = 8) -> l
     return chosen
 
 
-def measure_in_turns(model: GPT, rows, examples, dtype: torch.dtype, args) -> dict[str, Any]:
-    """Runs both `args.rounds` times. Returns medians, memory, and how far their losses are apart."""
+def score_interleaved(
+    model: GPT,
+    rows: Sequence[dict[str, Any]],
+    examples: Sequence[Example],
+    dtype: torch.dtype,
+    rounds: int,
+    batch_tokens: int | None,
+) -> dict[str, Any]:
+    """Scores with both forms alternately, `rounds` times after a warm-up, and prints a line for each round.
 
-    def measure(score, *arguments) -> tuple[float, np.ndarray]:
+    Returns the figures: median speeds, memory, and the differences of the losses.
+    """
+
+    def timed(score: Callable[..., np.ndarray], *arguments: Any) -> tuple[float, np.ndarray]:
         started = time.perf_counter()
-        loss_sum = score(model, *arguments)  # numbers on the CPU: the device has finished
+        loss_sum = score(model, *arguments)  # an array on the CPU, so the device has finished
         return len(rows) / (time.perf_counter() - started), loss_sum
 
-    measure(score_trees, examples, dtype, args.batch_tokens)
-    # Before the padded loop runs: of a process on a CPU only the highest memory so far is known.
+    timed(score_trees, examples, dtype, batch_tokens)
+    # Read before the padded form runs: on a CPU only the peak of the whole process is known.
     memory = peak_memory_bytes(model.lm_head.weight.device)
     score_padded_rows(model, rows[:1], dtype)
-    padded, trees = [], []
-    for number in range(args.rounds):
-        speed, expected = measure(score_padded_rows, rows, dtype)
-        padded.append(speed)
-        speed, found = measure(score_trees, examples, dtype, args.batch_tokens)
-        trees.append(speed)
+    padded_speeds, tree_speeds = [], []
+    for number in range(rounds):
+        padded_speed, padded_losses = timed(score_padded_rows, rows, dtype)
+        tree_speed, tree_losses = timed(score_trees, examples, dtype, batch_tokens)
+        padded_speeds.append(padded_speed)
+        tree_speeds.append(tree_speed)
         print(
-            f"round {number + 1}: padded {padded[-1]:.2f} examples/s, trees {trees[-1]:.2f}, "
-            f"{trees[-1] / padded[-1]:.2f}x",
+            f"round {number + 1}: padded {padded_speed:.2f} examples/s, trees {tree_speed:.2f}, "
+            f"{tree_speed / padded_speed:.2f}x",
             flush=True,
         )
-    divisors = np.stack([example.divisors for example in examples])
-    expected, found = expected / divisors, found / divisors
+    divisors = np.stack([example.divisors for example in examples])  # (number of examples, 4)
+    expected, found = padded_losses / divisors, tree_losses / divisors
+    ratios = [tree / padded for tree, padded in zip(tree_speeds, padded_speeds, strict=True)]
     return {
-        "padded_examples_per_second": statistics.median(padded),
-        "examples_per_second": statistics.median(trees),
-        "ratio": statistics.median(ours / theirs for ours, theirs in zip(trees, padded)),
+        "padded_examples_per_second": statistics.median(padded_speeds),
+        "examples_per_second": statistics.median(tree_speeds),
+        "ratio": statistics.median(ratios),
         "peak_memory_bytes": memory,
         "largest_difference": float(np.abs(expected - found).max()),
         "same_predictions": int((expected.argmin(axis=1) == found.argmin(axis=1)).sum()),
     }
 
 
-def run(args) -> dict[str, Any]:
-    """Prints a line a round, then medians, ratio, memory, and whether the losses agree. Returns them all."""
+def measure(args: Namespace) -> dict[str, Any]:
+    """Prints a line per round, the medians, and whether the losses agree. Returns all figures."""
     device = choose_device(args.device).value
     dtype = choose_dtype(args.dtype, device).value
     path = find_or_download(choose_directory(args.hellaswag_dir), "val")
@@ -144,17 +175,18 @@ def run(args) -> dict[str, Any]:
     torch.manual_seed(1337)
     sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.block_size)
     model = GPT(GPTConfig(vocab_size=PADDED_GPT2_VOCAB, **sizes)).to(device).eval()
+    choose_matmul(model)
     setting = {
         "parameters": model.num_parameters(),
         "examples": len(rows),
         "rounds": args.rounds,
-        "dtype": str(dtype)[6:],
+        "dtype": str(dtype)[len("torch.") :],
         "device": device_name(device),
     }
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    figures = measure_in_turns(model, rows, examples, dtype, args)
-    limit = AGREE if dtype == torch.float32 else AGREE_LOW
-    agree = figures["largest_difference"] < limit
+    figures = score_interleaved(model, rows, examples, dtype, args.rounds, args.batch_tokens)
+    limit = MAX_DIFFERENCE if dtype == torch.float32 else MAX_DIFFERENCE_LOW_PRECISION
+    agree = figures["largest_difference"] < limit  # False for NaN
     print(
         f"medians: padded {figures['padded_examples_per_second']:.2f} examples/s, trees "
         f"{figures['examples_per_second']:.2f}, ratio {figures['ratio']:.2f}; peak memory of trees "
@@ -162,7 +194,7 @@ def run(args) -> dict[str, Any]:
     )
     print(
         f"mean losses {'agree' if agree else 'DISAGREE'}: largest difference "
-        f"{figures['largest_difference']:.1e} (limit {limit:g}), same prediction on "
+        f"{figures['largest_difference']:.1e} (limit {limit:g}), same prediction for "
         f"{figures['same_predictions']} of {len(rows)}"
     )
     return {**setting, **figures, "agree": agree}

@@ -1,6 +1,7 @@
-"""Several ways of doing the same work, each in a process of its own, one turn after the other.
+"""Interleaved benchmark of processes: implementations of the same work, each in a process of its own.
 
-A noisy machine slows them all alike, and the most memory that each has held can be told apart.
+The processes work alternately, never at the same time, so that a disturbance of the machine slows all of them
+alike. Separate processes also make the peak memory of each implementation known.
 """
 
 from __future__ import annotations
@@ -11,107 +12,111 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
+from utils.command_line import Unfinished
 from utils.cpu_matmul import linear
-from utils.errors import Unfinished
-from utils.runtime import OutOfMemory, peak_memory_bytes
+from utils.runtime import peak_memory_bytes
+
+Work = Callable[..., Any]
+Prepare = Callable[..., tuple[torch.device, Work]]  # a module-level function, so that it can be pickled
 
 
-class Contender:
-    """A process that prepares some work, and then does it each time it is told to.
+class BenchmarkProcess:
+    """A process that prepares an implementation once, and then executes its work on request.
 
     Args:
-        name: in words, for the console.
-        prepare: a function of a module, called in the process with `arguments`; returns (device, work).
+        name: of the implementation, for the console.
+        prepare: called in the process with `arguments`; returns the device and the work.
 
     Attributes:
-        results: what the work returned, of every turn.
-        seconds: of the turns that count.
-        memory: the most that the process has held, in bytes; once it has finished.
+        results: return values of all executions of the work.
+        seconds: durations of the timed executions.
+        peak_memory_bytes: peak memory after preparation; known once the process has been closed.
     """
 
-    def __init__(self, name: str, prepare: Callable, *arguments):
+    def __init__(self, name: str, prepare: Prepare, *arguments: Any):
         self.name = name
-        self.results: list = []
+        self.results: list[Any] = []
         self.seconds: list[float] = []
-        self.memory = 0
+        self.peak_memory_bytes = 0
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, prepare, arguments), daemon=True)
+        self.pipe, child_end = context.Pipe()
+        self.process = context.Process(target=_serve, args=(child_end, prepare, arguments), daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
 
-    def ready(self) -> Contender:
-        """Waits until it has prepared itself; several may be started before the first is waited for."""
+    def wait_until_ready(self) -> None:
+        """Waits until the work is prepared; several processes may prepare theirs at the same time."""
         self._receive()
-        return self
 
-    def turn(self, *arguments, counts: bool = True) -> Any:
-        """Does the work once and returns its result."""
+    def execute(self, *arguments: Any, timed: bool = True) -> Any:
+        """Executes the work once and returns its result; its duration is recorded if `timed`."""
         self.pipe.send(arguments)
         seconds, result = self._receive()
         self.results.append(result)
-        if counts:
+        if timed:
             self.seconds.append(seconds)
         return result
 
-    def finish(self) -> None:
-        """Ends the process."""
+    def close(self) -> None:
+        """Ends the process and records its peak memory."""
         self.pipe.send(None)
-        self.memory = self._receive()
+        self.peak_memory_bytes = self._receive()
         self.process.join()
 
-    def abandon(self) -> None:
-        """Ends the process whatever it does."""
+    def kill(self) -> None:
+        """Ends the process at once."""
         self.process.kill()
         self.process.join()
 
     @property
-    def median(self) -> float:
-        """Seconds of a turn."""
+    def median_seconds(self) -> float:
+        """Median duration of the timed executions."""
         return statistics.median(self.seconds)
 
     def _receive(self) -> Any:
-        """The next answer of the process.
+        """Returns the next answer of the process.
 
         Raises:
-            OutOfMemory: its device has no room; the process has ended.
-            Unfinished: it ended in another way.
+            torch.OutOfMemoryError: its device ran out of memory; the process has ended.
+            Unfinished: the process ended for another reason.
         """
         try:
             answer = self.pipe.recv()
         except EOFError as error:
             self.process.join()
             what = f"{self.name}: its process ended with exit code {self.process.exitcode}"
-            raise Unfinished(
-                what, "its own message is above; if memory ran out, ask for smaller sizes"
-            ) from error
-        if isinstance(answer, OutOfMemory):
-            raise OutOfMemory(f"{self.name}: {answer}") from answer
+            hint = "see its message above; if memory ran out, use smaller sizes"
+            raise Unfinished(what, hint) from error
+        if isinstance(answer, torch.OutOfMemoryError):
+            raise torch.OutOfMemoryError(f"{self.name}: {answer}") from answer
         return answer
 
 
-def _serve(pipe, prepare: Callable, arguments: tuple) -> None:
-    with contextlib.suppress(EOFError):  # the one who asks is gone
+def _serve(pipe: Connection, prepare: Prepare, arguments: tuple[Any, ...]) -> None:
+    with contextlib.suppress(EOFError):  # the parent process has ended
         try:
-            _take_turns(pipe, prepare, arguments)
-        except OutOfMemory as error:
-            pipe.send(OutOfMemory(str(error)))
+            _answer_requests(pipe, prepare, arguments)
+        except torch.OutOfMemoryError as error:
+            pipe.send(torch.OutOfMemoryError(str(error)))
 
 
-def _take_turns(pipe, prepare: Callable, arguments: tuple) -> None:
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a daemon may have no processes of its own
+def _answer_requests(pipe: Connection, prepare: Prepare, arguments: tuple[Any, ...]) -> None:
+    # torch.compile would start a pool of processes, which a daemonic process must not have.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     device, work = prepare(*arguments)
     on_gpu = device.type == "cuda"
-    forget_peak_memory(device)
+    reset_peak_memory(device)
     pipe.send(None)
     while (arguments := pipe.recv()) is not None:
         if on_gpu:
-            work(*arguments)  # takes again the memory that it gave back for the others' turns
+            work(*arguments)  # allocates again the memory that was released for the other processes
             torch.cuda.synchronize(device)
         started = time.perf_counter()
         result = work(*arguments)
@@ -123,8 +128,8 @@ def _take_turns(pipe, prepare: Callable, arguments: tuple) -> None:
     pipe.send(peak_memory_bytes(device))
 
 
-def forget_peak_memory(device: torch.device) -> None:
-    """Lets the highest memory start from what is held now, where the system can: CUDA, and Linux."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Sets the peak memory to what is in use now, where the system can: on CUDA, and on Linux."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -133,26 +138,31 @@ def forget_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def in_pairs(ours: Contender, others: list[Contender], rounds: int, warm_up: int) -> list[float]:
-    """Ours, another, ours, the next one, ...: `rounds` times after `warm_up` that do not count.
+def compare_interleaved(
+    ours: BenchmarkProcess, others: Sequence[BenchmarkProcess], rounds: int, warm_up: int
+) -> list[float]:
+    """Executes ours, another one, ours, the next one, and so on, in every round.
+
+    Args:
+        rounds: timed rounds, after `warm_up` untimed ones.
 
     Returns:
-        For each of the others, how many times as long as ours it took: the median over the rounds, in which
-        it is compared with the turn of ours just before.
+        For each of the others its time as a multiple of ours: the median of the ratios of all rounds, each to
+        the execution of ours just before it.
     """
     ratios: list[list[float]] = [[] for _ in others]
     for number in range(warm_up + rounds):
-        counts = number >= warm_up
-        for other, found in zip(others, ratios):
-            ours.turn(counts=counts)
-            other.turn(counts=counts)
-            if counts:
-                found.append(other.seconds[-1] / ours.seconds[-1])
-    return [statistics.median(found) for found in ratios]
+        timed = number >= warm_up
+        for other, ratios_of_other in zip(others, ratios, strict=True):
+            ours.execute(timed=timed)
+            other.execute(timed=timed)
+            if timed:
+                ratios_of_other.append(other.seconds[-1] / ours.seconds[-1])
+    return [statistics.median(ratios_of_other) for ratios_of_other in ratios]
 
 
-def product_flops(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a large matrix product here and now: the limit that a step is measured against."""
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a large matmul on this machine at this moment: the limit for a training step."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds = []
@@ -164,11 +174,11 @@ def product_flops(device: torch.device, dtype: torch.dtype, size: int | None = N
 
 
 def read_bandwidth(device: torch.device, num_bytes: int = 1 << 29) -> float:
-    """Bytes per second at which memory can be read here and now."""
+    """Bytes per second at which memory can be read at this moment: the limit for sampling one text."""
     buffer = torch.ones(num_bytes // 4, device=device)
     seconds = []
     for _ in range(10):
         started = time.perf_counter()
-        buffer.sum().item()
+        buffer.sum().item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return num_bytes / min(seconds)

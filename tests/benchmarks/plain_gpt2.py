@@ -1,23 +1,31 @@
-"""GPT-2 and its training step the plain way, as a tutorial writes them: what the benchmarks compare with.
+"""GPT-2 and its training step as a tutorial writes them: the reference of the benchmarks.
 
-All logits of a batch at once, PyTorch's own cross-entropy and default AdamW, no cache when sampling. The
-names of the parameters are those of `gpt_model.GPT`, so both can start from the same weights.
+All logits of a batch at once, PyTorch's own cross-entropy, AdamW with its defaults, sampling without a cache.
+Nothing here uses the project's code. The parameter names are those of `gpt_model.GPT`, so that both can start
+from the same weights.
 
 Shapes: B batch, T time (tokens), C channels, H heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from gpt_model import GPT, GPTConfig
+
 
 class PlainBlock(nn.Module):
-    """Attention and MLP of one layer."""
+    """Pre-norm block: attention, then MLP; (B, T, C) to (B, T, C)."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
@@ -35,9 +43,9 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT2(nn.Module):
-    """The whole model. `config` is a GPTConfig."""
+    """GPT-2: tokens (B, T) to logits (B, T, V)."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -49,30 +57,36 @@ class PlainGPT2(nn.Module):
         self.lm_head.weight = self.transformer["wte"].weight
 
     def forward(self, idx: Tensor) -> Tensor:
-        """Logits (B, T, V) of tokens (B, T)."""
-        x = self.transformer["wte"](idx) + self.transformer["wpe"].weight[: idx.size(1)]
+        x = self.transformer["wte"](idx) + self.transformer["wpe"].weight[: idx.size(1)]  # (B, T, C)
         for block in self.transformer["h"]:
             x = block(x)
         return self.lm_head(self.transformer["ln_f"](x))
 
 
-def plain_twin(model: nn.Module) -> PlainGPT2:
-    """The plain model with the weights of a `gpt_model.GPT`, on its device."""
+def plain_twin(model: GPT) -> PlainGPT2:
+    """The plain model with the weights of `model`, on its device."""
     twin = PlainGPT2(model.config).to(model.lm_head.weight.device)
     twin.load_state_dict(model.state_dict())
     return twin
 
 
 def plain_adamw(model: nn.Module, weight_decay: float, learning_rate: float) -> torch.optim.AdamW:
-    """PyTorch's AdamW with its default implementation; matrices decay, vectors do not."""
+    """PyTorch's AdamW in its default implementation; matrices decay, vectors do not."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
-def plain_step(logits_of, optimizer, scaler, batches, autocast, grad_clip: float) -> float:
-    """One update on micro-batches `[(idx, targets), ...]`. Returns the mean loss."""
+def plain_step(
+    logits_of: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    autocast: AbstractContextManager,
+    grad_clip: float,
+) -> float:
+    """One update on micro-batches `[(idx, targets), ...]`, each (B, T). Returns the mean loss in nats."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     mean = torch.zeros((), device=parameters[0].device)
     for idx, targets in batches:
@@ -91,7 +105,7 @@ def plain_step(logits_of, optimizer, scaler, batches, autocast, grad_clip: float
 
 @torch.no_grad()
 def plain_greedy(model: PlainGPT2, idx: Tensor, num_tokens: int) -> Tensor:
-    """(B, T + num_tokens): the whole text goes through the model for every new token."""
+    """Greedy continuation (B, T + num_tokens); the whole text goes through the model for every new token."""
     for _ in range(num_tokens):
         idx = torch.cat((idx, model(idx)[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
     return idx

@@ -1,29 +1,31 @@
-"""A training step: ours beside plain eager PyTorch and Hugging Face, same weights, batch and threads.
+"""A training step: this project, plain eager PyTorch, and Hugging Face, from the same weights and batches.
 
-Each runs in a process of its own, in turns, on one batch of random tokens. The first losses must be equal.
+Each implementation runs in a process of its own; the processes work alternately, with equally many threads,
+on random tokens. The losses of the first step must agree.
 """
 
 from __future__ import annotations
 
 import itertools
 from argparse import Namespace
-from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from gpt_model import GPT, GPTConfig
-from tests.benchmarks.interleaved import Contender, in_pairs, product_flops
+from tests.benchmarks.interleaved import BenchmarkProcess, compare_interleaved, matmul_flops_per_second
 from tests.benchmarks.plain_gpt2 import plain_adamw, plain_step, plain_twin
-from utils.command_line import positive_int
-from utils.errors import UserError
+from utils.command_line import ArgumentParser, UserError, positive_int
+from utils.distributed import Distributed
 from utils.runtime import (
     DTYPES,
-    OutOfMemory,
     autocast,
     choose_compile,
     choose_device,
     choose_dtype,
+    choose_matmul,
     device_name,
     keep_freed_memory,
     make_scaler,
@@ -31,16 +33,23 @@ from utils.runtime import (
     set_numerics,
 )
 from utils.tokenizer import PADDED_GPT2_VOCAB
+from utils.training.guards import SpikeFilter
+from utils.training.state import TrainState
 
-# Largest differences of the first losses that are rounding: near 10.8, float32 has numbers every 1e-6. On a
-# GPU, products are made of numbers of 8 (bf16) to 10 bits (TF32).
-AGREE, AGREE_ON_GPU = 1e-5, 1e-2
-WARM_UP = 2  # rounds that do not count
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+# Largest differences of first losses that rounding explains: float32 near 10.8 has steps of 1e-6; on a GPU,
+# or in bf16, matmuls round their inputs to 8 (bf16) to 11 (TF32) significant bits.
+MAX_DIFFERENCE, MAX_DIFFERENCE_LOW_PRECISION = 1e-5, 1e-2
+WARM_UP = 2  # untimed rounds
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.1, 1.0
+
+Step = Callable[[], float]  # makes an update and returns its loss
 
 
 class Size(NamedTuple):
-    """Of a model and of one update."""
+    """Sizes of a model and of one update."""
 
     n_layer: int
     n_head: int
@@ -51,11 +60,12 @@ class Size(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens of an update."""
         return self.seq_len * self.micro_batch * self.micro_steps
 
 
-def sizes(device_type: str) -> dict[str, Size]:
-    """What is measured by default on a kind of device, by name."""
+def default_sizes(device_type: str) -> dict[str, Size]:
+    """The sizes that are measured by default on this type of device, by name."""
     from train_gpt import MICRO_BATCH, N_EMBD, N_HEAD, N_LAYER, PRESETS, SEQ_LEN, TOTAL_BATCH_TOKENS
 
     if device_type == "cuda":
@@ -70,103 +80,121 @@ def sizes(device_type: str) -> dict[str, Size]:
     }
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: ArgumentParser) -> None:
     """The flags of `python -m tests.benchmarks step`."""
     add = parser.add_argument
     add("--size", help="6x384, 124M or tiny on a CPU, 124M on CUDA; default: all of them")
-    add("--n-layer", type=positive_int, help="another size: layers")
-    add("--n-head", type=positive_int, help="attention heads")
-    add("--n-embd", type=positive_int, help="channels")
-    add("--seq-len", type=positive_int, help="tokens of a row")
-    add("--micro-batch", type=positive_int, help="rows in the model at one time")
-    add("--micro-steps", type=positive_int, help="micro-batches of an update")
-    add("--vocab-size", type=positive_int, default=PADDED_GPT2_VOCAB, help="words")
-    add("--rounds", type=positive_int, default=7, help=f"that count, after {WARM_UP} that do not")
+    add("--n-layer", type=positive_int, help="instead of that of the size: number of layers")
+    add("--n-head", type=positive_int, help="number of attention heads")
+    add("--n-embd", type=positive_int, help="number of channels")
+    add("--seq-len", type=positive_int, help="T: tokens per row")
+    add("--micro-batch", type=positive_int, help="B: rows per forward pass")
+    add("--micro-steps", type=positive_int, help="number of micro-batches per update")
+    add("--vocab-size", type=positive_int, default=PADDED_GPT2_VOCAB, help="vocabulary size")
+    add("--rounds", type=positive_int, default=7, help=f"number of rounds after {WARM_UP} untimed ones")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of matrix products")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the matmuls")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The contenders. Each function runs in a process of its own; returns (device, a step that returns its loss).
+# The implementations. Each `prepare` function runs in a process of its own; returns (device, step).
 
 
 def fresh_model(size: Size, vocab_size: int, device: torch.device) -> GPT:
-    """The weights that all start from."""
+    """The model from whose weights all implementations start."""
     torch.manual_seed(1337)
     config = GPTConfig(size.seq_len, vocab_size, size.n_layer, size.n_head, size.n_embd)
     return GPT(config).to(device)
 
 
-def random_batches(size: Size, vocab_size: int, device: torch.device) -> list[tuple[torch.Tensor, ...]]:
+def random_batches(size: Size, vocab_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """The micro-batches of every update: (idx, targets), each (B, T)."""
-    draw = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     shape = (2, size.micro_batch, size.seq_len)
-    return [
-        tuple(torch.randint(vocab_size, shape, generator=draw).to(device)) for _ in range(size.micro_steps)
-    ]
+    pairs = [torch.randint(vocab_size, shape, generator=generator) for _ in range(size.micro_steps)]
+    return [(idx.to(device), targets.to(device)) for idx, targets in pairs]
+
+
+class FullLogits(nn.Module):
+    """Computes the loss of a model from all its logits at once, instead of in chunks."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor, targets: Tensor, *, return_logits: bool) -> tuple[None, Tensor]:
+        return None, self.model(idx, targets)[1]
 
 
 def prepare_ours(
-    size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype, full_logits: bool = False
-) -> tuple[torch.device, Callable[[], float]]:
-    """The training script's own `update`; `full_logits` takes the chunked loss out."""
-    from train_gpt import Run, update
-    from utils.distributed import Distributed
-    from utils.training.guards import SpikeFilter
-    from utils.training.resume import Progress
-    from utils.training.signals import StopSignals
+    size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype, *, full_logits: bool = False
+) -> tuple[torch.device, Step]:
+    """The training script's own `update`; with `full_logits`, without the chunked loss."""
+    from train_gpt import update
 
     if device.type == "cpu":
         keep_freed_memory()
     set_numerics(seed=1337, deterministic=False)
     model = fresh_model(size, vocab_size, device)
-    trained = (lambda x, y, return_logits: (None, model(x, y)[1])) if full_logits else model
-    dist = Distributed(device)
-    steady = dict(max_lr=LEARNING_RATE, min_lr=LEARNING_RATE, warmup_steps=0, max_steps=10**9)
-    run = Run(
-        args=Namespace(grad_clip=GRAD_CLIP, log_dir=Path("log"), **steady),
-        dist=dist,
-        stop=StopSignals(dist),
-        dtype=dtype,
-        tokenizer=None,
-        model=model,
-        trained_model=torch.compile(trained) if choose_compile("auto", device).value else trained,
-        optimizer=model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, device.type, False),
-        scaler=make_scaler(device, dtype),
-        spikes=SpikeFilter(0.0),
-        train_loader=None,
-        val_loader=None,
-        hellaswag=[],
-        micro_steps=size.micro_steps,
-    )
-    batches, progress = itertools.cycle(random_batches(size, vocab_size, device)), Progress()
-    return device, lambda: update(run, batches, progress)[0]
+    choose_matmul(model)
+    trained_model = FullLogits(model) if full_logits else model
+    if choose_compile("auto", device).value:
+        trained_model = torch.compile(trained_model)
+    optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, device.type, is_master_process=False)
+    scaler = make_scaler(device, dtype)
+    state = TrainState(model, trained_model, {"optimizer": optimizer}, scaler, SpikeFilter(0.0))
+    batches, dist = itertools.cycle(random_batches(size, vocab_size, device)), Distributed(device)
+
+    def step() -> float:
+        return update(state, batches, LEARNING_RATE, GRAD_CLIP, size.micro_steps, dist, dtype)[0]
+
+    return device, step
 
 
-def prepare_plain(size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype):
+def prepare_ours_with_full_logits(
+    size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.device, Step]:
+    """The training script's `update` without the chunked loss."""
+    return prepare_ours(size, vocab_size, device, dtype, full_logits=True)
+
+
+def prepare_plain(
+    size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.device, Step]:
     """Plain eager PyTorch."""
     set_numerics(seed=1337, deterministic=False)
     model = plain_twin(fresh_model(size, vocab_size, device))
-    return device, _plain_work(model, model, size, vocab_size, device, dtype)
+    return device, _reference_step(model, model, size, vocab_size, device, dtype)
 
 
-def prepare_hugging_face(size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype):
-    """GPT2LMHeadModel, without dropout as all of them, in the same plain step."""
+def prepare_hugging_face(
+    size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[torch.device, Step]:
+    """transformers' GPT2LMHeadModel in the plain step; like the others without dropout."""
     set_numerics(seed=1337, deterministic=False)
     model = hugging_face_twin(fresh_model(size, vocab_size, device)).train()
-    return device, _plain_work(
-        model, lambda idx: model(idx, use_cache=False).logits, size, vocab_size, device, dtype
-    )
+
+    def logits_of(idx: Tensor) -> Tensor:  # (B, T) -> (B, T, V)
+        return model(idx, use_cache=False).logits
+
+    return device, _reference_step(model, logits_of, size, vocab_size, device, dtype)
 
 
-def _plain_work(model, logits_of, size: Size, vocab_size: int, device, dtype) -> Callable[[], float]:
+def _reference_step(
+    model: nn.Module,
+    logits_of: Callable[[Tensor], Tensor],
+    size: Size,
+    vocab_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Step:
     optimizer = plain_adamw(model, WEIGHT_DECAY, LEARNING_RATE)
     batches = random_batches(size, vocab_size, device)
     context, scaler = autocast(device, dtype), make_scaler(device, dtype)
     return lambda: plain_step(logits_of, optimizer, scaler, batches, context, GRAD_CLIP)
 
 
-def hugging_face_twin(model: GPT):
+def hugging_face_twin(model: GPT) -> GPT2LMHeadModel:
     """transformers' GPT2LMHeadModel with the weights of `model`, on its device."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -174,19 +202,19 @@ def hugging_face_twin(model: GPT):
 
     vocab_size = model.config.vocab_size
     twin = GPT2LMHeadModel(GPT2Config.from_dict(hugging_face_config(model, vocab_size, end_of_text=None)))
-    twin.load_state_dict(hugging_face_weights(model, vocab_size), strict=False)  # the projection is tied
+    twin.load_state_dict(hugging_face_weights(model, vocab_size), strict=False)  # lm_head is tied to wte
     return twin.to(model.lm_head.weight.device)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Measuring
+# The measurement
 
 
-def run(args) -> dict[str, Any]:
-    """Measures every size that is asked for. Prints a table each; returns all figures."""
+def measure(args: Namespace) -> dict[str, Any]:
+    """Measures every requested size and prints a table for each. Returns all figures."""
     device = choose_device(args.device).value
     dtype = choose_dtype(args.dtype, device).value
-    set_numerics(seed=1337, deterministic=False)  # the limit is measured as the contenders compute
+    set_numerics(seed=1337, deterministic=False)  # the limit is measured with the numerics of the steps
     figures = {
         "device": device_name(device),
         "dtype": str(dtype)[len("torch.") :],
@@ -195,132 +223,168 @@ def run(args) -> dict[str, Any]:
     }
     print(", ".join(f"{name} {value}" for name, value in figures.items()))
     figures["sizes"] = {
-        name: measure_what_fits(name, size, args.vocab_size, device, dtype, args.rounds)
+        name: measure_largest_that_fits(name, size, args.vocab_size, device, dtype, args.rounds)
         for name, size in chosen_sizes(args, device.type).items()
     }
     figures["agree"] = all(size["losses_agree"] for size in figures["sizes"].values())
     return figures
 
 
-def chosen_sizes(args, device_type: str) -> dict[str, Size]:
-    """By name; flags over the named size, or over the first.
+def chosen_sizes(args: Namespace, device_type: str) -> dict[str, Size]:
+    """The requested sizes by name; single flags change the named size, or the first one.
 
     Raises:
         UserError: there is no size of this name.
     """
-    known = sizes(device_type)
+    known = default_sizes(device_type)
     given = {name: getattr(args, name) for name in Size._fields if getattr(args, name)}
     if args.size is not None and args.size not in known:
-        raise UserError(f"--size {args.size!r} (expected {', '.join(known)})", "leave it out for all")
+        raise UserError(f"--size {args.size!r} (expected {', '.join(known)})", "omit it to measure all")
     if given:
         return {"custom": known[args.size or next(iter(known))]._replace(**given)}
     return known if args.size is None else {args.size: known[args.size]}
 
 
-def measure_what_fits(name: str, size: Size, *arguments) -> dict[str, Any]:
-    """`measure` with the largest micro-batch for which all contenders have memory; the update stays as large.
+def measure_largest_that_fits(name: str, size: Size, *arguments: Any) -> dict[str, Any]:
+    """`measure_size` with the largest micro-batch that fits all implementations.
+
+    Where one runs out of memory, all start again with half the rows and twice the micro-steps, so that the
+    update stays the same.
 
     Raises:
-        UserError: the memory does not suffice for the smallest.
+        UserError: even the smallest micro-batch does not fit.
     """
     while True:
         try:
-            return measure(name, size, *arguments)
-        except OutOfMemory as error:
+            return measure_size(name, size, *arguments)
+        except torch.OutOfMemoryError as error:
             if size.micro_batch % 2:
                 what = f"{name}: out of memory with a micro-batch of {size.micro_batch}"
                 raise UserError(what, "measure a smaller model, or give --micro-batch") from error
             size = size._replace(micro_batch=size.micro_batch // 2, micro_steps=2 * size.micro_steps)
             reason = str(error).split("\n")[0]
-            print(f"{name}: {reason}; all go on with B{size.micro_batch} x {size.micro_steps}", flush=True)
+            print(f"{name}: {reason}; retrying with B{size.micro_batch} x {size.micro_steps}", flush=True)
 
 
-def measure(
+def measure_size(
     name: str, size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
-    """Lets all contenders make steps of one size, prints a table, and returns what is in it.
+    """Makes steps of one size with all implementations, prints a table, and returns its content.
 
     Raises:
-        OutOfMemory: a contender's device has no room for the micro-batch.
+        torch.OutOfMemoryError: the micro-batch does not fit the device with one of the implementations.
     """
-    arguments = (size, vocab_size, device, dtype)
-    ours = Contender("ours", prepare_ours, *arguments)
-    others = [Contender("plain eager", prepare_plain, *arguments)]
-    others.append(Contender("Hugging Face", prepare_hugging_face, *arguments))
-    if device.type == "cuda":  # what the chunked loss brings where the rest is compiled
-        others.append(Contender("ours, full logits", prepare_ours, *arguments, True))
-    contenders = [ours, *others]
-    try:
-        for contender in contenders:
-            contender.ready()
-        limit = product_flops(device, dtype)
-        ratios = dict(zip(others, in_pairs(ours, others, rounds, WARM_UP)))
-        limit = max(limit, product_flops(device, dtype))  # other work may have disturbed the first
-    except OutOfMemory:
-        for contender in contenders:
-            contender.abandon()
-        raise
-    for contender in contenders:
-        contender.finish()
+    ours, *others = start_processes(size, vocab_size, device, dtype)
+    ratios, limit = step_interleaved(ours, others, device, dtype, rounds)
 
     model = fresh_model(size, vocab_size, torch.device("cpu"))
-    flops = model.flops_per_token(size.seq_len) * size.tokens
     print(
         f"\n{name}: {model.num_parameters() / 1e6:.1f}M parameters, {size.n_layer} x {size.n_embd}, "
         f"V {vocab_size}, B{size.micro_batch} x T{size.seq_len} x {size.micro_steps}; "
-        f"products run at {limit / 1e9:,.0f} GFLOP/s"
+        f"limit: a large matmul at {limit / 1e9:,.0f} GFLOP/s"
     )
-    print(f"{'':18}{'ms':>9}{'tokens/s':>10}{'of limit':>10}{'MFU':>8}{'memory':>10}{'time':>8}{'memory':>8}")
-    rows = {
-        contender.name: row(contender, ours, ratios.get(contender, 1.0), size.tokens, flops, limit, device)
-        for contender in contenders
+    flops = model.flops_per_token(size.seq_len) * size.tokens
+    peak = peak_flops(device)
+    table = {
+        process.name: {
+            "seconds": process.median_seconds,
+            "tokens_per_second": size.tokens / process.median_seconds,
+            "share_of_products": flops / process.median_seconds / limit,  # of matmuls; as in cpu_1/
+            "mfu": flops / process.median_seconds / peak if peak else None,
+            "peak_memory_bytes": process.peak_memory_bytes,
+            "time_ratio": ratio,
+            "memory_ratio": process.peak_memory_bytes / ours.peak_memory_bytes,
+        }
+        for process, ratio in zip((ours, *others), (1.0, *ratios), strict=True)
     }
-    differences = [[abs(a - b) for a, b in zip(other.results, ours.results)] for other in others]
-    first, later = max(steps[0] for steps in differences), max(map(max, differences))
+    print_table(table)
     exact = dtype == torch.float32 and device.type == "cpu"
-    limit_apart = AGREE if exact else AGREE_ON_GPU
-    agree = all(steps[0] < limit_apart for steps in differences)  # not so where one is NaN
-    print(
-        f"losses {'agree' if agree else 'DISAGREE'}: {first:.1e} apart at the first step "
-        f"(limit {limit_apart:g}), {later:.1e} over all {WARM_UP + rounds}",
-        flush=True,
-    )
     return {
         **size._asdict(),
         "vocab_size": vocab_size,
         "parameters": model.num_parameters(),
         "product_flops_per_second": limit,
-        "contenders": rows,
-        "first_losses_apart": first,
-        "losses_apart": later,
-        "losses_agree": agree,
+        "contenders": table,
+        **compare_losses(ours, others, MAX_DIFFERENCE if exact else MAX_DIFFERENCE_LOW_PRECISION),
     }
 
 
-def row(
-    contender: Contender,
-    ours: Contender,
-    ratio: float,
-    tokens: int,
-    flops: float,
-    limit: float,
+def start_processes(
+    size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype
+) -> list[BenchmarkProcess]:
+    """Starts a process for each implementation, ours first."""
+    prepare_functions = {
+        "ours": prepare_ours,
+        "plain eager": prepare_plain,
+        "Hugging Face": prepare_hugging_face,
+    }
+    if device.type == "cuda":  # shows what the chunked loss costs or gains where the rest is compiled
+        prepare_functions["ours, full logits"] = prepare_ours_with_full_logits
+    return [
+        BenchmarkProcess(name, prepare, size, vocab_size, device, dtype)
+        for name, prepare in prepare_functions.items()
+    ]
+
+
+def step_interleaved(
+    ours: BenchmarkProcess,
+    others: Sequence[BenchmarkProcess],
     device: torch.device,
+    dtype: torch.dtype,
+    rounds: int,
+) -> tuple[list[float], float]:
+    """Makes the steps in all processes and closes them.
+
+    Returns:
+        For each of the others its time as a multiple of ours, and the FLOP/s of a large matmul.
+
+    Raises:
+        torch.OutOfMemoryError: one of the processes ran out of memory; all have ended.
+    """
+    processes = (ours, *others)
+    try:
+        for process in processes:
+            process.wait_until_ready()
+        limit = matmul_flops_per_second(device, dtype)
+        ratios = compare_interleaved(ours, others, rounds, WARM_UP)
+        limit = max(limit, matmul_flops_per_second(device, dtype))  # the first may have been disturbed
+    except torch.OutOfMemoryError:
+        for process in processes:
+            process.kill()
+        raise
+    for process in processes:
+        process.close()
+    return ratios, limit
+
+
+def print_table(table: dict[str, dict[str, Any]]) -> None:
+    """Prints a line for each implementation."""
+    print(f"{'':18}{'ms':>9}{'tokens/s':>10}{'of limit':>10}{'MFU':>8}{'memory':>10}{'time':>8}{'memory':>8}")
+    for name, row in table.items():
+        mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        print(
+            f"{name:18}{1e3 * row['seconds']:9,.1f}{row['tokens_per_second']:10,.0f}"
+            f"{row['share_of_products']:10.0%}{mfu:>8}{row['peak_memory_bytes'] / 1e9:7.2f} GB"
+            f"{row['time_ratio']:7.2f}x{row['memory_ratio']:7.2f}x"
+        )
+
+
+def compare_losses(
+    ours: BenchmarkProcess, others: Sequence[BenchmarkProcess], max_difference: float
 ) -> dict[str, Any]:
-    """Prints a line of the table and returns its figures. Ratios say how many times ours it needs."""
-    data_sheet = peak_flops(device)
-    figures = {
-        "seconds": contender.median,
-        "tokens_per_second": tokens / contender.median,
-        "share_of_products": flops / contender.median / limit,
-        "mfu": flops / contender.median / data_sheet if data_sheet else None,
-        "peak_memory_bytes": contender.memory,
-        "time_ratio": ratio,
-        "memory_ratio": contender.memory / ours.memory,
-    }
-    mfu = "n/a" if figures["mfu"] is None else f"{figures['mfu']:.1%}"
+    """Compares the losses of all steps with ours, prints a line, and returns the figures.
+
+    Only the first step decides whether they agree: later ones start from weights that rounding has changed.
+    """
+    differences = []
+    for other in others:  # ours has made more steps: one before each step of each of the others
+        pairs = zip(other.results, ours.results, strict=False)
+        differences.append([abs(loss - our_loss) for loss, our_loss in pairs])
+    first, largest = max(steps[0] for steps in differences), max(map(max, differences))
+    agree = all(steps[0] < max_difference for steps in differences)  # False for NaN
     print(
-        f"{contender.name:18}{1e3 * figures['seconds']:9,.1f}{figures['tokens_per_second']:10,.0f}"
-        f"{figures['share_of_products']:10.0%}{mfu:>8}{figures['peak_memory_bytes'] / 1e9:7.2f} GB"
-        f"{ratio:7.2f}x{figures['memory_ratio']:7.2f}x"
+        f"losses {'agree' if agree else 'DISAGREE'}: they differ by {first:.1e} in the first step "
+        f"(limit {max_difference:g}), by {largest:.1e} in any step",
+        flush=True,
     )
-    return figures
+    return {"first_losses_apart": first, "losses_apart": largest, "losses_agree": agree}

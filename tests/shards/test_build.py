@@ -1,16 +1,18 @@
-"""The shard builder: the right bytes, whatever the input and however often it is killed; clear words else."""
+"""The shard builder: the same bytes for every input format and after any interruption, clear errors."""
 
 from __future__ import annotations
 
 import errno
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,14 @@ import pytest
 
 from build_fineweb_edu_shards import main
 from tests.conftest import OFFLINE, ROOT, run
-from utils.errors import Unfinished, UserError
-from utils.files import sha256_of
-from utils.shards.documents import LocalFiles, Position
-from utils.shards.format import find_shards
-from utils.shards.workers import Block, TokenQueue, blocks_from
-from utils.tokenizer import gpt2_encoding
+from utils.command_line import Unfinished, UserError
+from utils.files import locked, sha256_of
+from utils.shards.documents import Position
+from utils.shards.encoder import encode_in_batches
+from utils.shards.format import find_all_shards
+from utils.shards.local_files import LocalFiles
+from utils.shards.workers import Block, TokenizerPool, TokenQueue
+from utils.tokenizer import END_OF_TEXT_ID, gpt2_encoding
 
 SCRIPT = ROOT / "build_fineweb_edu_shards.py"
 DOCUMENTS = [
@@ -58,19 +62,20 @@ def make_documents(count: int, seed: int = 0) -> list[str]:
 
 
 def expected_tokens(documents: list[str]) -> np.ndarray:
-    """The ancestor's way: one document after the other."""
+    """build-nanogpt's method: one document after the other."""
     encoding = gpt2_encoding()
-    return np.array([i for text in documents for i in [50256, *encoding.encode_ordinary(text)]], np.uint16)
+    ids = [id for text in documents for id in (END_OF_TEXT_ID, *encoding.encode_ordinary(text))]
+    return np.array(ids, dtype=np.uint16)
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:
-    """One document a line."""
+    """One document per line."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     return path
 
 
 def write_parquet(path: Path, documents: list[str], row_group_size: int = 7) -> Path:
-    """One document a row, another column beside it."""
+    """One document per row, and another column."""
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow as pa
 
@@ -79,14 +84,15 @@ def write_parquet(path: Path, documents: list[str], row_group_size: int = 7) -> 
     return path
 
 
-def shards_of(folder: Path) -> list[Path]:
-    """All shards, val first."""
-    return find_shards(folder, "val") + find_shards(folder, "train")
-
-
 def tokens_of(folder: Path) -> np.ndarray:
     """All tokens of a folder in order."""
-    return np.concatenate([np.load(path) for path in shards_of(folder)])
+    return np.concatenate([np.load(path) for path in find_all_shards(folder)])
+
+
+def blocks_of(path: Path, start: int = 0, num_workers: int = 1) -> list[Block]:
+    """The tokens of a file from a position on, block by block."""
+    with TokenizerPool(num_workers) as pool:
+        return list(pool.blocks(LocalFiles([path]), "text", Position(0, start), encode_in_batches))
 
 
 def build(folder: Path, *inputs: object, workers: int = 1, **flags: object) -> int:
@@ -97,16 +103,17 @@ def build(folder: Path, *inputs: object, workers: int = 1, **flags: object) -> i
     return main(arguments)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Packing
 
 
-def test_packing_by_hand_at_ten_tokens_a_shard(tmp_path):
-    """Documents in order, cut without a gap, a document over several shards, the last shard shorter."""
+def test_documents_are_packed_in_order_into_shards_of_ten_tokens(tmp_path, monkeypatch):
+    """Cut without a gap, a document across several shards, the last shard shorter; numpy.save's bytes."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 10)  # val waits for two shards, not for one part
     source = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
     assert build(tmp_path / "out", source, **{"shard-tokens": 10}) == 0
     expected = expected_tokens(DOCUMENTS)
-    paths = shards_of(tmp_path / "out")
+    paths = find_all_shards(tmp_path / "out")
     assert paths[0].name == "edufineweb_val_000000.npy"
     assert paths[1].name == "edufineweb_train_000001.npy"
     for number, path in enumerate(paths):
@@ -119,9 +126,9 @@ def test_packing_by_hand_at_ten_tokens_a_shard(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "large row group", "txt"])
-def test_every_format_gives_the_same_tokens_however_it_is_cut(tmp_path, monkeypatch, kind):
-    """Parts of a few hundred bytes, so that each file is cut often; from a part on, the rest is the same."""
-    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 700)
+def test_every_format_gives_the_same_tokens_wherever_it_is_divided(tmp_path, monkeypatch, kind):
+    """Parts of a few kilobytes, so that each file has many; reading can continue from any of them."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 3000)
     documents = make_documents(60)
     if kind == "txt":
         documents = [text.strip() + "\n" for text in documents if text.strip()]
@@ -135,45 +142,50 @@ def test_every_format_gives_the_same_tokens_however_it_is_cut(tmp_path, monkeypa
     else:
         path = write_parquet(tmp_path / "a.parquet", documents, 7 if kind == "parquet" else 1000)
         monkeypatch.setattr("utils.shards.documents.ROW_GROUP_BYTES", 1 << 20 if kind == "parquet" else 100)
-    blocks = list(blocks_from(LocalFiles([path]), "text", Position(), 1))
+    blocks = blocks_of(path)
     assert len(blocks) > 5
     expected = expected_tokens(documents)
     assert np.array_equal(np.concatenate([block.tokens for block in blocks]), expected)
-    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 500)  # a rerun may cut otherwise
-    for i in range(1, len(blocks), 1 + len(blocks) // 12):
-        rest = blocks_from(LocalFiles([path]), "text", Position(0, blocks[i].start), 1)
-        before = sum(len(block.tokens) for block in blocks[:i])
-        assert np.array_equal(np.concatenate([block.tokens for block in rest]), expected[before:])
+    # The next run may divide the files differently, and row groups may be read by either process.
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 2500)
+    for row_group_bytes in (100, 1 << 20):
+        monkeypatch.setattr("utils.shards.documents.ROW_GROUP_BYTES", row_group_bytes)
+        for i in range(1, len(blocks)):
+            rest = np.concatenate([block.tokens for block in blocks_of(path, blocks[i].start)])
+            assert np.array_equal(rest, expected[sum(len(block.tokens) for block in blocks[:i]) :])
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n", " ", "\u3000\n\u3000 "])
 def test_a_long_text_file_is_one_document_wherever_it_is_cut(tmp_path, monkeypatch, newline):
-    """The tokens are those of the whole text, with one <|endoftext|> at its start."""
+    """The tokens are those of the whole text, with one <|endoftext|> at the start."""
     monkeypatch.setattr("utils.shards.documents.PART_BYTES", 100)
+    monkeypatch.setattr("utils.shards.documents.SEARCH_BYTES", 5)
     text = newline.join(make_documents(30, seed=3)) + "終わり。\n\n次の段落"
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    blocks = list(blocks_from(LocalFiles([path]), "text", Position(), 1))
+    blocks = blocks_of(path)
     assert len(blocks) > 20
     assert np.array_equal(np.concatenate([b.tokens for b in blocks]), expected_tokens([text]))
 
 
-def test_the_queue_goes_on_from_any_position():
-    """After every take the position leads back to the next token, also with parts of another size."""
+def test_a_queue_can_continue_from_any_position():
+    """After every take, the position leads to the next token, also with parts of another size."""
     tokens = np.arange(40, dtype=np.uint16)
-    tokens[::7] = 50256
-    cut = lambda size: [Block(0, i, min(40, i + size), tokens[i : i + size]) for i in range(0, 40, size)]  # noqa: E731
+    tokens[::7] = END_OF_TEXT_ID
+
+    def blocks_from(start: int, size: int) -> Iterator[Block]:
+        return (Block(0, i, min(40, i + size), tokens[i : i + size]) for i in range(start, 40, size))
+
     for taken in range(41):
-        queue = TokenQueue(iter(cut(10)), Position())
+        queue = TokenQueue(blocks_from(0, 10), Position())
         queue.fill(taken)
         assert np.array_equal(np.concatenate([[], *queue.take(taken)]), tokens[:taken])
-        assert queue.documents == np.count_nonzero(tokens[:taken] == 50256)
+        assert queue.documents == np.count_nonzero(tokens[:taken] == END_OF_TEXT_ID)
         position = queue.position
-        blocks = (b for b in cut(5) if b.start >= position.start)
-        rest = TokenQueue(blocks, position, queue.documents)
+        rest = TokenQueue(blocks_from(position.start, 5), position, queue.documents)
         left = rest.fill(100)
-        starts = taken + rest.document_starts(left)
-        assert starts.tolist() == [i for i in range(taken, 40) if tokens[i] == 50256]
+        starts = taken + rest.document_starts()
+        assert starts.tolist() == [i for i in range(taken, 40) if tokens[i] == END_OF_TEXT_ID]
         assert np.array_equal(np.concatenate([[], *rest.take(left)]), tokens[taken:])
 
 
@@ -188,60 +200,57 @@ def test_a_small_corpus_gives_val_its_first_documents(tmp_path):
         ("c", {"val-tokens": 1}, 1),
     ]:
         assert build(tmp_path / name, source, **flags) == 0
-        assert [len(np.load(path)) for path in shards_of(tmp_path / name)] == [
+        assert [len(np.load(path)) for path in find_all_shards(tmp_path / name)] == [
             val * length,
             (1000 - val) * length,
         ]
         assert np.array_equal(tokens_of(tmp_path / name), expected_tokens(documents))
     (tmp_path / "book.txt").write_text("one two three " * 500)
     assert build(tmp_path / "d", tmp_path / "book.txt") == 0
-    val, train = (len(np.load(path)) for path in shards_of(tmp_path / "d"))
+    val, train = (len(np.load(path)) for path in find_all_shards(tmp_path / "d"))
     assert val == (val + train) // 100
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Interrupted
+# ------------------------------------------------------------------------------------------------------------
+# Interruptions
 
 
 def checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file that a user sees."""
+    """SHA-256 of every file that is not hidden."""
     return {path.name: sha256_of(path) for path in sorted(folder.glob("[!.]*"))}
 
 
-def test_spawned_workers_give_the_same_bytes_and_kills_change_nothing(tmp_path):
-    """Builds of two processes, killed by SIGKILL at random moments until one ends; all files are compared."""
+def test_builds_killed_at_random_moments_end_with_the_same_bytes(tmp_path):
+    """Builds with two processes, killed by SIGKILL until one ends; all files equal those of one process."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(3000))
     build(tmp_path / "whole", source, **{"shard-tokens": 8000})
     command = [sys.executable, SCRIPT, "--input", source, "--shard-tokens", 8000, "--num-workers", 2]
     command = [*map(str, command), "--output-dir", str(tmp_path / "killed")]
     quiet = dict(env={**os.environ, **OFFLINE}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     draw = random.Random(5)
-    for num_shards in (
-        0,
-        1,
-        9,
-        17,
-        25,
-    ):  # of 126: a fast machine must not end before the kill
+    for num_shards in (0, 1, 9, 17, 25):  # of 126, so that a fast machine does not finish before the kill
         child = subprocess.Popen(command, **quiet)
-        while child.poll() is None and len(shards_of(tmp_path / "killed")) < num_shards:
+        while child.poll() is None and len(find_all_shards(tmp_path / "killed")) < num_shards:
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.03))
-        assert child.poll() is None, "it ended before it was killed"
+        assert child.poll() is None, "the build finished before it was killed"
         child.kill()
         child.wait()
     assert subprocess.run(command, timeout=60, **quiet).returncode == 0
     assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
-    assert not list((tmp_path / "killed").glob(".*.tmp"))
+    assert not list((tmp_path / "killed").glob(".*.tmp*"))
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL between two lines."""
+    """Stands for SIGKILL."""
 
 
 @pytest.mark.parametrize("call", range(1, 14))
-def test_a_kill_between_any_two_renames_loses_nothing(tmp_path, monkeypatch, call):
-    """The build dies right before or after its n-th rename; the next run makes the same files."""
+def test_a_kill_before_or_after_any_rename_loses_nothing(tmp_path, monkeypatch, call):
+    """The build dies at its n-th rename; the next run writes the same files and removes temporary ones.
+
+    Those of the former scheme of names (`.NAME.tmp`) too, but no file of another program.
+    """
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
     flags = {"shard-tokens": 2000}
     build(tmp_path / "whole", source, **flags)
@@ -259,20 +268,23 @@ def test_a_kill_between_any_two_renames_loses_nothing(tmp_path, monkeypatch, cal
     with pytest.raises(Killed):
         build(tmp_path / "killed", source, **flags)
     monkeypatch.undo()
-    for name in (".edufineweb_train_000009.npy.tmp", ".manifest.json.tmp", ".probe.77.tmp"):
-        (tmp_path / "killed" / name).write_bytes(b"half")
-    (tmp_path / "killed" / ".notes.tmp").write_text("somebody else's")
+    names = ["edufineweb_train_000009.npy.tmp", "manifest.json.tmp"]
+    for name in (*names, *(f"{name}-77" for name in names), "probe.tmp-77", "probe.77.tmp"):
+        (tmp_path / "killed" / f".{name}").write_bytes(b"half")
+    others = [".notes.tmp", ".notes.tmp-77"]
+    for name in others:
+        (tmp_path / "killed" / name).write_text("of another program")
     assert build(tmp_path / "killed", source, **flags) == 0
     assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
-    assert [path.name for path in (tmp_path / "killed").glob(".*.tmp")] == [".notes.tmp"]
+    assert sorted(path.name for path in (tmp_path / "killed").glob(".*.tmp*")) == others
 
 
 def test_a_complete_build_has_nothing_to_do_and_other_settings_are_refused(tmp_path, capsys):
-    """Both leave every file as it is; --max-shards may grow, and ends in the same bytes."""
+    """Both leave every file as it is; --max-shards may be raised, and the result has the same bytes."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
     out, flags = tmp_path / "out", {"shard-tokens": 2000}
     assert build(out, source, **flags, **{"max-shards": 2}) == 0
-    assert len(shards_of(out)) == 2
+    assert len(find_all_shards(out)) == 2
     assert build(out, source, **flags, **{"max-shards": 2}) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert build(out, source, **flags, **{"max-shards": 4}) == 0
@@ -285,22 +297,32 @@ def test_a_complete_build_has_nothing_to_do_and_other_settings_are_refused(tmp_p
         with pytest.raises(UserError, match="built with other settings"):
             build(out, *inputs, **changed)
     with pytest.raises(UserError, match=r"was built from 1 files \(a.jsonl\)"):
-        main(["--output-dir", str(out)])  # the network is not asked
+        main(["--output-dir", str(out)])  # without a request to the network
     assert checksums(out) == before
     build(tmp_path / "whole", source, **flags)
     assert before == checksums(tmp_path / "whole")
 
 
-def test_a_folder_that_somebody_elses_lock_is_in_is_two_lines(tmp_path):
-    """A lock that cannot be opened, as that of another user."""
+def test_two_builds_in_one_folder_are_refused(tmp_path):
+    """While another process holds the lock; after its end the build works."""
+    source = write_jsonl(tmp_path / "a.jsonl", make_documents(3))
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out" / ".lock"):
+        with pytest.raises(UserError, match="another build is at work in .*out"):
+            build(tmp_path / "out", source)
+    assert build(tmp_path / "out", source) == 0
+
+
+def test_a_lock_file_that_cannot_be_opened_is_a_user_error(tmp_path):
+    """As that of another user."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(3))
     (tmp_path / "out" / ".lock").mkdir(parents=True)
     with pytest.raises(UserError, match="cannot write to output dir .*: Is a directory"):
         build(tmp_path / "out", source)
 
 
-def test_a_shard_that_no_manifest_names_is_no_part_of_a_finished_build(tmp_path):
-    """A kill before the manifest is saved leaves one: it is written anew, or refused where nothing is."""
+def test_a_shard_that_is_not_in_the_manifest_is_refused_or_overwritten(tmp_path):
+    """A kill before the manifest is saved leaves one: the build overwrites it if it continues."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
     out, flags = tmp_path / "out", {"shard-tokens": 2000}
     build(out, source, **flags, **{"max-shards": 2})
@@ -308,23 +330,20 @@ def test_a_shard_that_no_manifest_names_is_no_part_of_a_finished_build(tmp_path)
     build(out, source, **flags, **{"max-shards": 3})
     before = checksums(out)
     (out / "manifest.json").write_bytes(manifest)
-    for again in (
-        lambda: build(out, source, **flags, **{"max-shards": 2}),
-        lambda: main(["--verify", "--output-dir", str(out)]),
-    ):
+    for arguments in (["--input", str(source), "--shard-tokens", "2000", "--max-shards", "2"], ["--verify"]):
         with pytest.raises(UserError, match="edufineweb_train_000002.npy is not in manifest.json") as caught:
-            again()
+            main([*arguments, "--output-dir", str(out)])
         assert "run the build again" in caught.value.hint
     with open(out / "edufineweb_train_000001.npy", "ab") as damaged:
         damaged.write(b"x")
-    with pytest.raises(UserError, match="damaged are 1 of 2 shards: edufineweb_train_000001.npy"):
+    with pytest.raises(UserError, match="1 of 2 shards are damaged: edufineweb_train_000001.npy"):
         main(["--verify", "--output-dir", str(out)])
     build(out, source, **flags, **{"max-shards": 3})
     assert checksums(out) == before
 
 
-def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, capsys):
-    """As on Lustre mounted without them: the build says so and goes on."""
+def test_a_file_system_without_locks_causes_a_warning_only(tmp_path, monkeypatch, capsys):
+    """As on Lustre mounted without them."""
     fcntl = pytest.importorskip("fcntl")
 
     def no_locks(file, operation):
@@ -335,20 +354,20 @@ def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caps
     assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
-def test_verify_names_damaged_shards_and_the_next_build_mends_them(tmp_path, capsys):
-    """A flipped byte, a cut file and a missing one are found and built again, to the same bytes."""
+def test_verify_names_damaged_shards_and_the_next_build_repairs_them(tmp_path, capsys):
+    """A flipped bit, a truncated file and a missing one are found and built again, with the same bytes."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(40))
     out = tmp_path / "out"
     build(out, source, **{"shard-tokens": 2000})
     before = checksums(out)
     assert main(["--verify", "--output-dir", str(out)]) == 0
-    flipped, cut, gone, intact = shards_of(out)[:4]
+    flipped, truncated, missing, intact = find_all_shards(out)[:4]
     data = bytearray(flipped.read_bytes())
     data[1000] ^= 1
     flipped.write_bytes(data)
-    cut.write_bytes(cut.read_bytes()[:-1])
-    gone.unlink()
-    with pytest.raises(UserError, match=f"{flipped.name}, {cut.name}, {gone.name}$"):
+    truncated.write_bytes(truncated.read_bytes()[:-1])
+    missing.unlink()
+    with pytest.raises(UserError, match=f"{flipped.name}, {truncated.name}, {missing.name}$"):
         main(["--verify", "--output-dir", str(out)])
     assert f"{intact.name}: ok" in capsys.readouterr().out
     flipped.unlink()
@@ -357,27 +376,26 @@ def test_verify_names_damaged_shards_and_the_next_build_mends_them(tmp_path, cap
 
 
 def test_a_dead_worker_ends_the_build(tmp_path, monkeypatch):
-    """kill -9 of a tokenizing process: an error that says so, within seconds, and no hang."""
+    """SIGKILL of a tokenizing process: an error that says so, and no hang."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(400))
     monkeypatch.setattr("utils.shards.documents.PART_BYTES", 10_000)
-    blocks = blocks_from(LocalFiles([source]), "text", Position(), 2)
-    next(blocks)
-    import multiprocessing
+    with TokenizerPool(2) as pool:
+        blocks = pool.blocks(LocalFiles([source]), "text", Position(), encode_in_batches)
+        next(blocks)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        with pytest.raises(Unfinished, match="process died"):
+            list(blocks)
 
-    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(Unfinished, match="process died"):
-        list(blocks)
 
-
-def test_workers_do_not_import_torch():
-    """Each process would take a second and 200 MB more to start."""
+def test_the_builder_and_its_workers_do_not_import_torch():
+    """Each process would take a second and 200 MB more to start: the script imports all they need."""
     code = "import sys, build_fineweb_edu_shards; sys.exit('torch' in sys.modules)"
     assert run("-c", code).returncode == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no file size limits")
-def test_a_full_disk_leaves_no_half_file(tmp_path):
-    """A limit on file sizes stands for it: exit 1 with the free space; with room the rerun completes."""
+def test_a_full_disk_leaves_no_incomplete_file(tmp_path):
+    """A limit on file sizes stands for it: exit code 1 with the free space; with room, a rerun completes."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(400))
     out = tmp_path / "out"
     arguments = [SCRIPT, "--input", source, "--shard-tokens", 20_000, "--num-workers", 1, "--output-dir", out]
@@ -387,5 +405,5 @@ def test_a_full_disk_leaves_no_half_file(tmp_path):
     assert result.returncode == 1, result.stderr
     assert "error: cannot write" in result.stderr and "free" in result.stderr
     assert "Traceback" not in result.stderr
-    assert not list(out.glob(".*.tmp")) and not shards_of(out)
+    assert not list(out.glob(".*.tmp*")) and not find_all_shards(out)
     assert run(*arguments).returncode == 0

@@ -1,4 +1,4 @@
-"""What a build says about input and folders that it cannot use."""
+"""Errors for input and folders that a build cannot use."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.shards.test_build import build, expected_tokens, tokens_of, write_parquet
-from utils.errors import UserError
-from utils.shards.documents import LocalFiles, Position, parts_from, read_documents
-from utils.shards.workers import blocks_from
+from tests.shards.test_build import blocks_of, build, expected_tokens, tokens_of, write_parquet
+from utils.command_line import UserError
+from utils.shards.documents import Position, parts_from, read_documents
+from utils.shards.local_files import LocalFiles
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', r"a.jsonl:3: not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "x", "id": 1}\n', r":2: no text .*'text' \(found body, id\)"),
-        ("a.jsonl", b'{"text": null}\n', r"a.jsonl:1: .*NoneType"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "x", "id": 1}\n', r":2: no field 'text' \(found body, id\)"),
+        ("a.jsonl", b'{"text": null}\n', r"a.jsonl:1: NoneType in field 'text'"),
         ("a.jsonl", b'["x"]\n', r"a.jsonl:1: list \(expected an object\)"),
         ("a.jsonl", b'{"text": "\xe9"}\n', r"a.jsonl:1: not JSON: 'utf-8'"),
         ("a.jsonl", b"", r"a.jsonl is empty"),
         ("a.jsonl", b"\n \n", r"no documents"),
         ("a.txt", b"caf\xe9", r"byte 0xe9 at offset 3 is not UTF-8"),
         ("a.txt", b" \n\n", r"no documents"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"x": 1}', mtime=0), r"a.jsonl.gz:2: no text"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"x": 1}', mtime=0), r"a.jsonl.gz:2: no field 'text'"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], r"cannot read .*a.jsonl.gz"),
         ("a.jsonl", b'{"text": "x", "y": ' + b"[" * 200_000, r"a.jsonl:1: not JSON"),
         ("a.parquet", b"PAR1 not really", r"is not a parquet file"),
-        ("a.doc", b"x", r"is no corpus file \(expected .parquet"),
+        ("a.doc", b"x", r"is not a corpus file \(expected .parquet"),
     ],
 )  # fmt: skip
-def test_bad_input_is_named_with_its_place(tmp_path, name, content, message):
+def test_an_error_in_the_input_is_reported_with_its_place(tmp_path, name, content, message):
     """File, line or byte, what was expected and what was found."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -41,22 +41,23 @@ def test_bad_input_is_named_with_its_place(tmp_path, name, content, message):
 
 
 def test_bad_lines_are_counted_across_parts(tmp_path, monkeypatch):
-    """The line number is that of the file, not of the part, also from a worker process."""
+    """The line number is that of the file, not of the part; error and hint arrive from a worker process."""
     monkeypatch.setattr("utils.shards.documents.PART_BYTES", 100)
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "some words"}\n' * 50 + "{\n")
-    with pytest.raises(UserError, match="a.jsonl:51: not JSON"):
-        list(blocks_from(LocalFiles([path]), "text", Position(), 2))
+    with pytest.raises(UserError, match="a.jsonl:51: not JSON") as caught:
+        blocks_of(path, num_workers=2)
+    assert "correct or remove the line" in caught.value.hint
 
 
-def latin_1_strings():
-    """A column of strings whose second one is no UTF-8, as writers in other languages make them."""
+def latin_1_strings() -> object:
+    """A column of strings whose second one is not UTF-8, as writers in other languages may create it."""
     pa = pytest.importorskip("pyarrow")
     return pa.array([b"good", b"caf\xe9", b"good"]).view(pa.string())
 
 
-def test_a_missing_column_and_a_null_are_named(tmp_path):
-    """With the columns that are there, the row of the null, the rows around bytes that are no text."""
+def test_a_missing_column_and_a_null_are_reported(tmp_path):
+    """With the existing columns, the row of the null, the rows around bytes that are not UTF-8."""
     path = write_parquet(tmp_path / "a.parquet", ["x", "y"])
     with pytest.raises(UserError, match=r"no column 'body' \(found id, text\)"):
         build(tmp_path / "out", path, **{"text-field": "body"})
@@ -71,8 +72,8 @@ def test_a_missing_column_and_a_null_are_named(tmp_path):
         read_documents(part, "text")
 
 
-def test_globs_folders_and_folders_that_cannot_be_used(tmp_path):
-    """In the order given, sorted within, none hidden; no such file or folder and foreign shards end in 2."""
+def test_inputs_are_read_in_the_order_given_and_unusable_folders_are_refused(tmp_path):
+    """Sorted within a folder, hidden files left out; no such file or folder and foreign shards are errors."""
     (tmp_path / "in").mkdir()
     for name in ("b.txt", "a.txt", "c.txt"):
         (tmp_path / "in" / name).write_text(f"text of {name}")

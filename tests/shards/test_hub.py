@@ -1,4 +1,4 @@
-"""Builds from the hub, which here is a server on loopback that fails in the ways of the real one."""
+"""Builds from the hub, here a local server that fails as the real one does."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from tests.shards.test_build import (
     checksums,
     expected_tokens,
     make_documents,
-    shards_of,
     tokens_of,
     write_parquet,
 )
+from utils.shards.format import find_all_shards
 from utils.shards.manifest import Manifest
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few addresses of the hub that a build asks for. `trouble`: what to do wrong, request by request."""
+    """The few addresses of the hub that a build requests. `trouble`: the failure of each request."""
 
     protocol_version = "HTTP/1.1"
     files: dict[str, bytes] = {}
@@ -81,7 +81,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A data set of three files, one outside the subset, and a function that builds from it in a child."""
+    """A data set of three files, one outside the subset, and a function that builds from it in a process."""
     pytest.importorskip("huggingface_hub")
     documents = make_documents(90)
     Hub.trouble, Hub.requests, Hub.files = [], [], {}
@@ -89,7 +89,7 @@ def hub(tmp_path):
         Hub.files[name] = write_parquet(tmp_path / "f.parquet", documents[start : start + 30]).read_bytes()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    # Waits are cut short in the child: the client's own add up to half a minute.
+    # Waits are shortened in the process: those of the client add up to half a minute.
     code = "import sys, time; real = time.sleep; time.sleep = lambda s: real(min(s, 0.01)); "
     code += "import build_fineweb_edu_shards as b; sys.exit(b.run_script(b.main))"
 
@@ -109,8 +109,8 @@ def hub(tmp_path):
     server.server_close()
 
 
-def test_the_hubs_files_come_in_order_through_hiccups(hub):
-    """429, 503 and dropped connections are waited out; the revision is pinned; the rerun asks for nothing."""
+def test_temporary_failures_are_retried_and_files_come_in_order(hub):
+    """429, 503 and dropped connections; the revision is pinned; the rerun sends no request."""
     start, documents, out = hub
     Hub.trouble = ["429", "", "503", "drop", ""]
     result = start()
@@ -124,8 +124,8 @@ def test_the_hubs_files_come_in_order_through_hiccups(hub):
     assert not Hub.requests
 
 
-def test_a_lasting_failure_keeps_progress_and_the_rerun_completes(hub):
-    """The second file fails for good: exit 1 and what to do; offline, what is in the cache is used."""
+def test_a_permanent_failure_keeps_finished_shards_and_a_rerun_completes(hub):
+    """The second file cannot be downloaded: exit code 1 with the next command."""
     start, documents, out = hub
     assert start("--max-shards", 2).returncode == 0
     progress = checksums(out)
@@ -140,15 +140,15 @@ def test_a_lasting_failure_keeps_progress_and_the_rerun_completes(hub):
     assert np.array_equal(tokens_of(out), expected_tokens(documents))
 
 
-def test_without_a_network_or_a_data_set_the_error_says_so(hub):
-    """Offline and dead connections: 2 with a hint; so do a data set or subset that is not there."""
+def test_no_network_and_no_such_data_set_are_user_errors(hub):
+    """Offline mode, dead connections, a data set or subset that does not exist: an error with a hint."""
     start, _, out = hub
     started = time.perf_counter()
     for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         result = start(**environment)
         assert result.returncode == 2, result.stderr
-        assert "no network" in result.stderr and "hint: run once where" in result.stderr
+        assert "no network" in result.stderr and "hint: run once with a network" in result.stderr
     assert time.perf_counter() - started < 60
     assert "cannot get some/none" in start("--dataset", "some/none").stderr
     assert "its subsets: small" in start("--subset", "large").stderr
-    assert not shards_of(out)
+    assert not find_all_shards(out)

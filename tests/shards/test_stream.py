@@ -1,4 +1,4 @@
-"""Training from shards: one stream over all files, the same steps for any ranks, bad files named at start."""
+"""Training from shards: one stream over all files, the same steps for any ranks, checks at the start."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data_loader import WindowLoader
+from utils.command_line import Unfinished, UserError
+from utils.data_loader import WindowLoader, epoch_order
 from utils.distributed import Distributed
-from utils.errors import UserError
 from utils.shards.format import shard_name, write_shard
 from utils.shards.stream import ShardStream
-from utils.training.data_source import Source, open_streams
+from utils.training.data_source import Source, open_data
 
 T = 8
 CPU = torch.device("cpu")
@@ -36,20 +36,20 @@ def write_folder(folder: Path, *lengths: int, vocab_size: int = 50257) -> np.nda
     ("tokenizer_state", "message", "hint"),
     [
         ({"name": "char"}, "GPT-2 tokens, not characters", "--tokenizer gpt2"),
-        ({"name": "char", "characters": "abc"}, "GPT-2 tokens, not characters", "a model that reads them"),
+        ({"name": "char", "characters": "abc"}, "GPT-2 tokens, not characters", "a model trained on them"),
         ({"name": "folder"}, "a tokenizer of its own", "only eval_hellaswag.py"),
     ],
 )
-def test_shards_are_for_models_that_read_gpt2_tokens(tmp_path, tokenizer_state, message, hint):
-    """A model of characters or of another tokenizer cannot read them; the hint is one that helps."""
+def test_shards_require_a_model_of_gpt2_tokens(tmp_path, tokenizer_state, message, hint):
+    """A model of characters or of another tokenizer is refused, with a hint that helps."""
     write_folder(tmp_path, 30)
     with pytest.raises(UserError, match=message) as caught:
-        open_streams(Source("shards", tmp_path, "as asked"), tokenizer_state, T, Distributed(CPU))
+        open_data(Source("shards", tmp_path, "as asked"), tokenizer_state, T, Distributed(CPU))
     assert hint in caught.value.hint
 
 
-def test_windows_cross_the_borders_of_shards(tmp_path):
-    """Any slice of the stream is that of all shards in a row, also over several short ones."""
+def test_windows_cross_the_borders_between_shards(tmp_path):
+    """Any slice of the stream is that of the concatenated shards, also across several short ones."""
     tokens = write_folder(tmp_path, 30, 1, 5, 40, 24)
     stream = ShardStream(tmp_path, "train", 50257, T)
     assert stream.num_tokens == 100
@@ -61,9 +61,9 @@ def test_windows_cross_the_borders_of_shards(tmp_path):
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_every_step_is_the_same_for_any_ranks_micro_batch_and_accumulation(tmp_path, seed):
-    """For ranks x micro-batch x accumulation = 12 the order of a step's windows is one and the same.
+    """For all with ranks x micro-batch x accumulation = 12, a step has the same windows in the same order.
 
-    Ten steps go over two shard borders in an epoch and over two epoch borders.
+    Ten steps cross two borders between shards in an epoch, and two between epochs.
     """
     write_folder(tmp_path, 130, 83, 110)
     windows_per_step, steps = 12, 10
@@ -73,7 +73,7 @@ def test_every_step_is_the_same_for_any_ranks_micro_batch_and_accumulation(tmp_p
             continue
         streams = [ShardStream(tmp_path, "train", 50257, T) for _ in range(ranks)]
         loaders = [WindowLoader(streams[r], T, micro_batch, r, ranks, seed=seed) for r in range(ranks)]
-        batches = [loader.train_batches(0, windows_per_step) for loader in loaders]
+        batches = [loader.train_batches(0) for loader in loaders]
         order = []
         for _ in range(steps * windows_per_step // (ranks * micro_batch)):
             for of_rank in batches:
@@ -90,8 +90,8 @@ def test_every_step_is_the_same_for_any_ranks_micro_batch_and_accumulation(tmp_p
         assert sorted(order[epoch * 40 : epoch * 40 + 40]) == list(range(40))  # (323 - 1) // 8 windows
 
 
-def test_a_position_ten_thousand_steps_on_needs_no_data(tmp_path):
-    """Where step 10,000 starts is computed: the files are gone by then."""
+def test_the_position_of_step_ten_thousand_is_computed_without_data(tmp_path):
+    """Where the step starts is a pure function: the files have been deleted by then."""
     write_folder(tmp_path, 3000, 3000)
     loader = WindowLoader(ShardStream(tmp_path, "train", 50257, T), T, 4, seed=1)
     for path in tmp_path.glob("*.npy"):
@@ -100,13 +100,11 @@ def test_a_position_ten_thousand_steps_on_needs_no_data(tmp_path):
     again = [loader.window_at(n) for n in range(first, first + 16)]
     epoch, place = divmod(first, loader.windows_per_epoch)
     assert epoch == first // 749 and len(set(again)) == 16
-    from utils.data_loader import epoch_order
-
     assert again == epoch_order(749, 1, epoch)[place : place + 16].tolist()
 
 
-def test_a_folder_that_numpy_save_wrote_is_read(tmp_path):
-    """Shards as the format's ancestor writes them, and uint32 ones."""
+def test_shards_written_by_numpy_save_can_be_read(tmp_path):
+    """As build-nanogpt writes them, and uint32 ones; write_shard writes the same bytes."""
     np.save(tmp_path / "edufineweb_val_000000", np.arange(20, dtype=np.uint16))
     np.save(tmp_path / "edufineweb_train_000001", np.arange(30, dtype=np.uint16))
     np.save(tmp_path / "edufineweb_train_000002", np.arange(30, 60, dtype=np.uint32))
@@ -129,7 +127,7 @@ def test_a_folder_that_numpy_save_wrote_is_read(tmp_path):
         (lambda path: path.write_bytes(b"<html>" * 50), r"000002.npy: not a .npy file"),
         (
             lambda path: np.save(path, np.zeros(9, np.float32)),
-            r"<f4 array of shape \(9,\) \(expected one row",
+            r"<f4 array of shape \(9,\) \(expected 1-D",
         ),
         (lambda path: np.save(path, np.zeros((3, 3), np.uint16)), r"<u2 array of shape \(3, 3\)"),
         (lambda path: np.save(path, np.uint16(3)), r"<u2 array of shape \(\)"),
@@ -146,7 +144,7 @@ def test_a_folder_that_numpy_save_wrote_is_read(tmp_path):
         ),
     ],
 )
-def test_a_damaged_shard_is_named_at_start(tmp_path, damage, message):
+def test_a_damaged_shard_is_reported_at_the_start(tmp_path, damage, message):
     """From its header and its size, before any token is read."""
     write_folder(tmp_path, 100, 100, 100)
     damage(tmp_path / shard_name("train", 2))
@@ -154,7 +152,7 @@ def test_a_damaged_shard_is_named_at_start(tmp_path, damage, message):
         ShardStream(tmp_path, "train", 50257, T)
 
 
-def test_folders_without_enough_shards_are_refused(tmp_path):
+def test_a_folder_without_enough_shards_is_refused(tmp_path):
     """No shards, no val, the first train shard missing, or a split shorter than one window."""
     with pytest.raises(UserError, match="holds no train shards") as caught:
         ShardStream(tmp_path, "train", 50257, T)
@@ -170,8 +168,8 @@ def test_folders_without_enough_shards_are_refused(tmp_path):
         ShardStream(tmp_path, "val", 50257, T)
 
 
-def test_an_id_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path):
-    """File and position of the first one; slices without it are fine."""
+def test_an_id_beyond_the_vocabulary_is_reported_when_it_is_read(tmp_path):
+    """File and position of the first one; slices without it can be read."""
     write_folder(tmp_path, 40)
     tokens = np.zeros(40, np.uint16)
     tokens[23:25] = 60000
@@ -185,8 +183,8 @@ def test_an_id_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path):
     assert caught.value.one_rank_only
 
 
-def test_a_shard_cut_while_in_use_is_an_error_and_no_crash(tmp_path):
-    """Reads see the end of the file; a memory map would end Python without a word."""
+def test_a_shard_truncated_while_in_use_is_a_user_error(tmp_path):
+    """Reads see the end of the file; with a memory map, Python would be killed by SIGBUS."""
     write_folder(tmp_path, 100)
     stream = ShardStream(tmp_path, "train", 50257, T)
     stream.read(0, 9)
@@ -196,8 +194,8 @@ def test_a_shard_cut_while_in_use_is_an_error_and_no_crash(tmp_path):
     assert caught.value.one_rank_only
 
 
-def test_a_failed_write_leaves_the_old_shard(tmp_path, monkeypatch):
-    """Flushed before it is renamed; when the rename fails, the old file is whole and no other is there."""
+def test_a_failed_write_leaves_the_old_shard_unchanged(tmp_path, monkeypatch):
+    """Flushed before it is renamed; if the rename fails, the old file is complete and the only one."""
     path, calls = tmp_path / shard_name("train", 1), []
     write_shard(path, [np.arange(5, dtype=np.uint16)], 5)
     before = path.read_bytes()
@@ -208,7 +206,7 @@ def test_a_failed_write_leaves_the_old_shard(tmp_path, monkeypatch):
         raise OSError("no")
 
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(OSError):
+    with pytest.raises(Unfinished, match="cannot write .*: no"):
         write_shard(path, [np.arange(9, dtype=np.uint16)], 9)
     assert calls == ["fsync", "replace"]
     assert path.read_bytes() == before
@@ -216,7 +214,7 @@ def test_a_failed_write_leaves_the_old_shard(tmp_path, monkeypatch):
 
 
 def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch):
-    """The file that was read longest ago is closed, and opened again when its turn comes."""
+    """The least recently read file is closed, and opened again when it is needed."""
     monkeypatch.setattr("utils.shards.stream.MAX_OPEN_FILES", 2)
     tokens = write_folder(tmp_path, *[20] * 6)
     stream = ShardStream(tmp_path, "train", 50257, T)

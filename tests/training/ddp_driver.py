@@ -1,7 +1,10 @@
-"""Run by torchrun in test_distributed.py: the training script, watched.
+"""The training script with recording and fault injection, started by torchrun in test_distributed.py.
 
-Environment: WATCH names a folder that receives, for every rank, the windows of each micro-step and the
-gradients of the first step; FAULT is WHAT@STEP:RANK with raise, kill, hang, exit, sigterm or nan for WHAT.
+Environment variables:
+    WATCH: a folder that receives, for every rank, the windows of each micro-step and the gradients of the
+        first step.
+    FAULT: WHAT@STEP:RANK; WHAT is raise, kill, hang, exit, sigterm or nan.
+    SLOW_SAVE: seconds by which every save is delayed.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import gpt_model
 import train_gpt
 from utils import data_loader, distributed
-from utils.errors import run_script
+from utils.command_line import run_script
+from utils.training.state import TrainState
 from utils.weights import checkpoint
 
 torch.set_num_threads(1)
@@ -28,12 +34,13 @@ real_update = train_gpt.update
 real_clip = torch.nn.utils.clip_grad_norm_
 
 
-def watched_update(run, batches, progress):
+def update_with_fault(state: TrainState, *rest: Any) -> tuple[float, float]:
+    """`train_gpt.update`, with the fault if this is its step and rank."""
     what, _, where = os.environ.get("FAULT", "").partition("@")
     restarted = distributed.restart_count() > 0
-    if where == f"{progress.step}:{RANK}" and not restarted:
+    if where == f"{state.progress.step}:{RANK}" and not restarted:
         if what == "raise":
-            raise RuntimeError("planted fault")
+            raise RuntimeError("injected fault")
         if what == "exit":
             os._exit(0)
         if what == "hang":
@@ -41,23 +48,23 @@ def watched_update(run, batches, progress):
         if what == "nan":
             real_loss = gpt_model.fused_cross_entropy
             gpt_model.fused_cross_entropy = lambda *args: real_loss(*args) * float("nan")
-            return real_update(run, batches, progress)
+            return real_update(state, *rest)
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "sigterm": signal.SIGTERM}[what])
-    return real_update(run, batches, progress)
+    return real_update(state, *rest)
 
 
 def watch(folder: Path) -> None:
-    """Writes down what this rank reads, and the gradients of its first step before they are clipped."""
+    """Records the windows this rank reads, and the gradients of its first step before clipping."""
     windows = open(folder / f".windows_{RANK}.jsonl", "a")
     real_batch = data_loader.WindowLoader.batch
 
-    def batch(self, numbers):
+    def batch(self: data_loader.WindowLoader, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         if self.seed is not None:  # training, not validation
             windows.write(json.dumps([int(n) for n in numbers]) + "\n")
             windows.flush()
         return real_batch(self, numbers)
 
-    def clip(parameters, max_norm):
+    def clip(parameters: Iterable[torch.Tensor], max_norm: float) -> torch.Tensor:
         parameters = list(parameters)
         path = folder / f".gradients_{RANK}.pt"
         if not path.exists():
@@ -69,14 +76,14 @@ def watch(folder: Path) -> None:
 
 
 def slow_saves(seconds: float) -> None:
-    """Makes rank 0 work alone for longer than the others' timeout."""
+    """Delays every save of rank 0, while the other ranks wait."""
     real_save = checkpoint.save_atomically
     checkpoint.save_atomically = lambda contents: (time.sleep(seconds), real_save(contents))
 
 
 if __name__ == "__main__":
     slow_saves(float(os.environ.get("SLOW_SAVE", 0)))
-    train_gpt.update = watched_update
+    train_gpt.update = update_with_fault
     if "WATCH" in os.environ:
         watch(Path(os.environ["WATCH"]))
     sys.exit(run_script(train_gpt.main, RANK))

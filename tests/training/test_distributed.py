@@ -1,4 +1,4 @@
-"""Several processes on this machine, over gloo: equal to one process, and gone in seconds when one dies."""
+"""Several processes over gloo give the results of one, and all end within seconds when one of them dies."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 
 from tests.conftest import OFFLINE, ROOT, run
 from tests.small_runs import TINY, assert_same_losses, tensors_of
+from utils.command_line import UserError
+from utils.distributed import Distributed, join_job
 
 DRIVER = Path(__file__).with_name("ddp_driver.py")
 SETTINGS = (
@@ -25,9 +27,14 @@ SETTINGS = (
 
 
 def torchrun(
-    num_ranks: int, text_file: Path, log_dir: Path, *flags: str, agent=(), **environment
+    num_ranks: int,
+    text_file: Path,
+    log_dir: Path,
+    *flags: str,
+    agent: tuple[str, ...] = (),
+    **environment: str,
 ) -> subprocess.Popen:
-    """Starts the watched training script under torchrun on this machine."""
+    """Starts ddp_driver.py under torchrun on this machine; `agent` are flags of torchrun."""
     agent = agent or ("--standalone",)
     command = [sys.executable, "-m", "torch.distributed.run", *agent, f"--nproc_per_node={num_ranks}", DRIVER]
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -43,7 +50,7 @@ def torchrun(
 
 
 def finish(process: subprocess.Popen, timeout: float = 90) -> str:
-    """Waits for a job and returns what it printed; a job that hangs is killed and fails the test."""
+    """Waits for a job and returns its output; a job that hangs is killed, and the test fails."""
     try:
         return process.communicate(timeout=timeout)[0]
     except subprocess.TimeoutExpired:
@@ -51,8 +58,8 @@ def finish(process: subprocess.Popen, timeout: float = 90) -> str:
         raise AssertionError("the job hung: " + process.communicate()[0][-3000:]) from None
 
 
-def finished(num_ranks: int, text_file: Path, log_dir: Path, *flags: str, **environment) -> Path:
-    """A job that must succeed; its log directory."""
+def finished(num_ranks: int, text_file: Path, log_dir: Path, *flags: str, **environment: str) -> Path:
+    """Runs a job that must succeed; returns its log directory."""
     process = torchrun(num_ranks, text_file, log_dir, *flags, **environment)
     output = finish(process)
     assert process.returncode == 0, output[-3000:]
@@ -60,7 +67,7 @@ def finished(num_ranks: int, text_file: Path, log_dir: Path, *flags: str, **envi
 
 
 def windows_of(log_dir: Path, num_ranks: int, windows_per_step: int = 8, steps: int = 20) -> list[list[int]]:
-    """Windows of each step, in the order of micro-steps and ranks. The last, prefetched batch is left out."""
+    """Windows of each step, in the order of micro-steps and ranks, without the last, prefetched batch."""
     ranks = [
         [json.loads(x) for x in (log_dir / f".windows_{r}.jsonl").read_text().splitlines()]
         for r in range(num_ranks)
@@ -71,14 +78,14 @@ def windows_of(log_dir: Path, num_ranks: int, windows_per_step: int = 8, steps: 
 
 @pytest.fixture(scope="module")
 def jobs(short_text, tmp_path_factory) -> dict[int, Path]:
-    """The same 20 steps as 1 process x accumulation 4, 2 x 2 and 4 x 1."""
+    """Log directories of the same 20 steps on 1 process x accumulation 4, 2 x 2 and 4 x 1."""
     folder = tmp_path_factory.mktemp("jobs")
     return {n: finished(n, short_text, folder / str(n)) for n in (1, 2, 4)}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_give_the_gradients_of_one_process(num_ranks, jobs):
-    """First step, per tensor: the norm of the difference over the norm is below 1e-5, on every rank."""
+    """In the first step, per tensor and on every rank, the relative norm of the difference is below 1e-5."""
     expected = torch.load(jobs[1] / ".gradients_0.pt", weights_only=True)
     for rank in range(num_ranks):
         ours = torch.load(jobs[num_ranks] / f".gradients_{rank}.pt", weights_only=True)
@@ -88,24 +95,25 @@ def test_ranks_give_the_gradients_of_one_process(num_ranks, jobs):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_give_the_losses_of_one_process(num_ranks, jobs):
-    """Twenty steps and five validations: the same lines, the values to 1e-4."""
+    """Twenty steps and five validations: the same lines, with values equal to 1e-4."""
     assert_same_losses(jobs[num_ranks], jobs[1])
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_ranks_train_on_the_windows_of_one_process(num_ranks, jobs):
-    """Every step has the same windows in the same order, across the end of an epoch."""
+    """Every step has the same windows in the same order, also across the end of an epoch."""
     assert windows_of(jobs[num_ranks], num_ranks) == windows_of(jobs[1], 1)
 
 
 def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def test_two_nodes_train_as_one(short_text, jobs, tmp_path):
-    """Two torchrun agents on loopback, no shared folder: the losses of one process; only rank 0 writes."""
+    """Two torchrun agents without a shared folder: the losses of one process, and only rank 0 writes."""
     agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=gpt")
     nodes = [torchrun(1, short_text, tmp_path / str(i), agent=agent) for i in range(2)]
     outputs = [finish(node) for node in nodes]
@@ -117,29 +125,29 @@ def test_two_nodes_train_as_one(short_text, jobs, tmp_path):
 
 @pytest.mark.parametrize("fault", ["raise", "kill", pytest.param("exit", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_ends_the_job(fault, short_text, tmp_path):
-    """In seconds, no success, the root cause in the output, earlier checkpoints whole, no half file."""
+    """Within seconds and not with 0: the cause is printed, earlier checkpoints and no partial file remain."""
     started = time.monotonic()
     process = torchrun(2, short_text, tmp_path, FAULT=f"{fault}@7:1")
     output = finish(process, timeout=60)
     assert process.returncode != 0
     assert time.monotonic() - started < 45
     if fault == "raise":
-        assert "planted fault" in output and "rank 1 failed at step 7:" in output
+        assert "injected fault" in output and "rank 1 failed at step 7:" in output
     assert sorted(path.name for path in tmp_path.glob("model_*")) == ["model_00003.pt", "model_00006.pt"]
     assert tensors_of(tmp_path / "model_00006.pt")
     assert not list(tmp_path.glob(".*.tmp-*"))
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_given_up(short_text, tmp_path):
-    """After --dist-timeout seconds the others end the job."""
+def test_a_rank_that_hangs_ends_the_job_after_the_timeout(short_text, tmp_path):
+    """After --dist-timeout seconds the other ranks end the job."""
     process = torchrun(2, short_text, tmp_path, "--dist-timeout", "6", FAULT="hang@4:1")
     output = finish(process, timeout=60)
     assert process.returncode != 0 and "imed out" in output
 
 
-def test_a_loss_that_is_no_number_on_one_rank_stops_all(short_text, tmp_path):
-    """The message names rank, place in the data and text, once; the broken step leaves no checkpoint."""
+def test_a_non_finite_loss_on_one_rank_stops_all_ranks(short_text, tmp_path):
+    """One message names rank, micro-step, position and text; no checkpoint is written after it."""
     output = finish(torchrun(2, short_text, tmp_path, FAULT="nan@7:1"))
     assert output.count("error: non-finite loss at step 7 (rank 1, micro-step 0, ") == 1, output
     assert "text.txt position " in output
@@ -149,14 +157,14 @@ def test_a_loss_that_is_no_number_on_one_rank_stops_all(short_text, tmp_path):
 
 @pytest.mark.slow
 def test_a_save_may_take_longer_than_the_timeout(short_text, tmp_path):
-    """The other ranks wait for rank 0's save with more patience than for each other."""
+    """--dist-timeout does not apply while the other ranks wait for rank 0 to save."""
     flags = ("--max-steps", "3", "--dist-timeout", "4")
     finished(2, short_text, tmp_path, *flags, SLOW_SAVE="4")
     assert (tmp_path / "model_00003.pt").exists()
 
 
-def test_a_port_that_is_taken_is_one_error(tmp_path):
-    """Exit 1 with the address and a hint, not a traceback."""
+def test_a_port_in_use_is_an_error_with_its_address(tmp_path):
+    """Exit code 1 with the address and a hint, without a traceback."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -171,8 +179,8 @@ def test_a_port_that_is_taken_is_one_error(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["launcher", pytest.param("one worker", marks=pytest.mark.slow)])
-def test_a_signal_stops_all_ranks_together(target, short_text, tmp_path, jobs):
-    """SIGTERM to torchrun or to one worker: all agree, rank 0 saves, and resumed it is the same run."""
+def test_a_signal_to_one_process_stops_all_ranks_after_saving(target, short_text, tmp_path, jobs):
+    """SIGTERM to torchrun or to one worker; the resumed job writes the log of an uninterrupted one."""
     if target == "launcher":
         process = torchrun(2, short_text, tmp_path)
         for line in process.stdout:
@@ -188,8 +196,8 @@ def test_a_signal_stops_all_ranks_together(target, short_text, tmp_path, jobs):
 
 
 @pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_killed_and_resumed_ranks_are_the_same_run(num_ranks, short_text, tmp_path):
-    """Bitwise with 2 and with 3 ranks, where DDP's rebuilt buckets would show: log, weights and moments."""
+def test_a_killed_job_is_resumed_bitwise(num_ranks, short_text, tmp_path):
+    """Log, weights and moments; with 3 ranks DDP's rebuilt buckets would change the order of the sums."""
     flags = ("--total-batch-tokens", "96", "--micro-batch", "1", "--max-steps", "10")
     whole = finished(num_ranks, short_text, tmp_path / "whole", *flags)
     process = torchrun(num_ranks, short_text, tmp_path / "killed", *flags, FAULT="kill@5:0")
@@ -202,8 +210,8 @@ def test_killed_and_resumed_ranks_are_the_same_run(num_ranks, short_text, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_ranks(short_text, tmp_path, jobs):
-    """Two ranks, then one, then two: the same windows, the losses to 1e-4, and a line that says so."""
+def test_a_run_can_be_resumed_with_another_number_of_ranks(short_text, tmp_path, jobs):
+    """Two ranks, then one, then two: a warning, and losses equal to 1e-4."""
     finish(torchrun(2, short_text, tmp_path, FAULT="kill@5:0"))
     output = finish(torchrun(1, short_text, tmp_path, "--resume", FAULT="kill@11:0"))
     assert "world size 2 -> 1: continuing, results equal to rounding only" in output
@@ -213,7 +221,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(short_text, tmp_path, jobs):
 
 @pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(short_text, tmp_path, jobs):
-    """--max-restarts: a killed worker comes back and resumes without being told; the log is the same."""
+    """With --max-restarts a killed worker resumes without --resume, and the log is that of one run."""
     agent = ("--standalone", "--max-restarts=2")
     variables = dict(FAULT="kill@7:1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     process = torchrun(2, short_text, tmp_path, agent=agent, **variables)
@@ -224,7 +232,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(short_text, tmp_path, jobs):
 
 
 def test_workers_stop_when_their_launcher_is_killed(short_text, tmp_path):
-    """SIGKILL of torchrun: the orphans save, leave within seconds and give up the log directory."""
+    """After SIGKILL of torchrun they save and exit within seconds."""
     process = torchrun(2, short_text, tmp_path, "--max-steps", "100000", "--warmup-steps", "2")
     for line in process.stdout:
         if "step     3 |" in line:
@@ -241,13 +249,13 @@ def test_workers_stop_when_their_launcher_is_killed(short_text, tmp_path):
         time.sleep(0.2)
     else:
         os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError("an orphan went on")
+        raise AssertionError("a worker is still running")
     saved = max(int(path.stem[6:]) for path in tmp_path.glob("model_*.pt"))
     assert (tmp_path / f"optimizer_{saved:05d}.pt").exists()
 
 
-def test_an_error_that_all_ranks_meet_is_said_once(short_text, tmp_path):
-    """One error line and one hint a machine, for a setting and for a missing checkpoint."""
+def test_an_error_of_all_ranks_is_printed_once(short_text, tmp_path):
+    """One error line and one hint per machine, for a setting and for a missing checkpoint."""
     for flags, message in (
         (
             ("--total-batch-tokens", "100"),
@@ -260,35 +268,8 @@ def test_an_error_that_all_ranks_meet_is_said_once(short_text, tmp_path):
         assert 'Traceback (most recent call last):\n  File "' + str(DRIVER) not in output
 
 
-def test_a_rank_whose_data_differs_is_named(short_text, tmp_path):
-    """Every machine must hold the same files: the fingerprints are compared before the first step."""
-    from utils.distributed import Distributed
-    from utils.errors import UserError
-    from utils.training.data_source import _check_ranks_agree
-
-    class Stream:
-        name = "shards"
-
-        def __init__(self, value):
-            self.value = value
-
-        def fingerprint(self):
-            return {"sha256": self.value}
-
-    class OtherRank(Distributed):
-        def broadcast(self, value):
-            return [{"sha256": "theirs"}, {"sha256": "theirs"}]
-
-    with pytest.raises(UserError, match="rank 1 sees other data"):
-        _check_ranks_agree(
-            Stream("mine"), Stream("mine"), OtherRank(torch.device("cpu"), rank=1, world_size=2)
-        )
-
-
 def test_alone_every_collective_is_the_identity():
-    """One process needs no group: values come back as they were."""
-    from utils.distributed import Distributed
-
+    """One process needs no process group: every value is returned unchanged."""
     alone = Distributed(torch.device("cpu"))
     assert torch.equal(alone.mean(torch.tensor([2.0])), torch.tensor([2.0]))
     assert alone.sum_numbers(1, 2.5) == [1, 2.5] and alone.max_number(3) == 3
@@ -300,14 +281,11 @@ def test_alone_every_collective_is_the_identity():
     "variables",
     [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}],
 )
-def test_half_an_environment_is_an_error(variables, monkeypatch):
-    """torchrun's variables, set in part, name what is missing instead of waiting for ever."""
-    from utils.distributed import start
-    from utils.errors import UserError
-
+def test_incomplete_torchrun_variables_are_an_error(variables, monkeypatch):
+    """The missing ones are named, instead of waiting for ranks that never join."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="MASTER_PORT not set") as caught:
-        with start(torch.device("cpu")):
+        with join_job(torch.device("cpu")):
             pass
-    assert caught.value.one_rank_only  # the others may have them all
+    assert caught.value.one_rank_only  # other ranks may have all of them

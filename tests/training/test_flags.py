@@ -1,11 +1,13 @@
-"""Flags, presets and schedules: what a run is told, and how it says no before the first step."""
+"""Flags, presets, the learning rate schedule, and settings that are refused before the first step."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
-import time
+import types
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,14 @@ import train_gpt
 from gpt_model import GPT, GPTConfig
 from tests.conftest import ROOT, run
 from tests.small_runs import small_args
-from utils.errors import UserError, run_script
-from utils.training.flags import make_parser
-from utils.training.settings import accumulation_steps, check_training_settings
+from utils.command_line import UserError, run_script
+from utils.training.flags import Flags, accumulation_steps, check_training_settings
+
+SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+GRAD_CLIP_LINE = next(line for line in SOURCE.splitlines() if '"--grad-clip"' in line)
+
+# ------------------------------------------------------------------------------------------------------------
+# The learning rate
 
 
 @pytest.mark.parametrize(
@@ -33,17 +40,104 @@ from utils.training.settings import accumulation_steps, check_training_settings
     ],
 )
 def test_learning_rate_table(step, expected):
-    """Warmup is linear and ends at the maximum, the cosine is half-way in the middle, the floor holds."""
+    """Linear warmup to the maximum, the mean of both ends in the middle of the cosine, then the minimum."""
     assert train_gpt.learning_rate_for(step) == pytest.approx(expected, rel=1e-6)
 
 
 def test_learning_rate_without_warmup_starts_at_the_maximum():
-    """No warmup divides by nothing."""
+    """Without a division by zero."""
     assert train_gpt.learning_rate_for(0, warmup_steps=0, max_steps=10) == train_gpt.MAX_LR
 
 
-def test_an_explicit_flag_beats_the_preset_and_the_preset_the_constant():
-    """One table of overrides between constants and flags; `_` and `-` are the same."""
+# ------------------------------------------------------------------------------------------------------------
+# Constants, flags and presets
+
+
+def names_that_differ(source: str) -> list[str]:
+    """Declarations `NAME = flag("--other-name", ...)`; also counts those that agree."""
+    declarations = [
+        (ast.unparse(node.targets[0]), node.value.args[0].value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "flag"
+    ]
+    assert len(declarations) > 30  # the search finds the declarations
+    return [f"{name} {flag}" for name, flag in declarations if name != flag[2:].replace("-", "_").upper()]
+
+
+def script_from(source: str) -> types.ModuleType:
+    """The training script with a changed source."""
+    module = types.ModuleType("changed_train_gpt")
+    module.__file__ = str(ROOT / "train_gpt.py")
+    exec(compile(source, module.__file__, "exec"), vars(module))
+    return module
+
+
+def test_every_constant_has_the_name_of_its_flag():
+    """So that a reader, and an editor, finds one by the other."""
+    assert names_that_differ(SOURCE) == []
+
+
+def test_a_renamed_constant_is_noticed_and_its_flag_keeps_its_default():
+    """The test above fails; --grad-clip is still 1.0 and never None, because one call declares both."""
+    source = SOURCE.replace("GRAD_CLIP = flag(", "GRADIENT_CLIP = flag(")
+    assert names_that_differ(source) == ["GRADIENT_CLIP --grad-clip"]
+    script = script_from(source)
+    assert script.read_arguments([])[0].grad_clip == script.GRADIENT_CLIP == 1.0
+    with pytest.raises(NameError, match="MAX_LR"):  # one that the script uses fails at import
+        script_from(SOURCE.replace("MAX_LR = flag(", "PEAK_LR = flag("))
+
+
+def test_a_changed_constant_is_the_new_default():
+    """In the namespace and in --help: each number stands in the source once."""
+    script = script_from(SOURCE.replace(GRAD_CLIP_LINE, GRAD_CLIP_LINE.replace("1.0", "0.25")))
+    assert script.read_arguments([])[0].grad_clip == script.GRAD_CLIP == 0.25
+    assert "maximum norm of the gradient (default: 0.25)" in " ".join(
+        script.flag.parser.format_help().split()
+    )
+
+
+def test_a_new_hyperparameter_is_one_line():
+    """Constant, flag, type, default and help come from the same line."""
+    line = 'BETA_TWO = flag("--beta-two", 0.95, positive_float, "decay of the second moment")'
+    source = SOURCE.replace(GRAD_CLIP_LINE, f"{GRAD_CLIP_LINE}\n{line}")
+    assert names_that_differ(source) == []
+    script = script_from(source)
+    assert script.read_arguments([])[0].beta_two == script.BETA_TWO == 0.95
+    assert script.read_arguments(["--beta_two=0.9"])[0].beta_two == 0.9
+    assert "--beta-two BETA_TWO decay of the second moment (default: 0.95)" in " ".join(
+        script.flag.parser.format_help().split()
+    )
+    with pytest.raises(UserError, match="-1 is not above zero"):
+        script.read_arguments(["--beta-two", "-1"])
+
+
+def test_every_kind_of_flag_is_read():
+    """With a value, from a list, without a value as True or as a text, and with an optional value."""
+    flags = Flags()
+    flags.group("any")
+    number = flags("--number", 1.5, float, "a number")
+    flags("--choice", "a", ("a", "b"), "a or b")
+    flags("--switch", False, bool, "True when given")
+    flags("--on", "auto", "on", "a value for a flag without one")
+    flags("--off", None, "off", "another value", dest="on")
+    flags("--optional", None, str, "with or without a value", nargs="?", const="newest")
+    assert number == 1.5
+
+    def read(text: str) -> tuple:
+        args = flags.parser.parse_args(text.split())
+        return args.number, args.choice, args.switch, args.on, args.optional
+
+    assert read("") == (1.5, "a", False, "auto", None)
+    assert read("--number 2 --choice b --switch --on --optional") == (2.0, "b", True, "on", "newest")
+    assert read("--off --optional x") == (1.5, "a", False, "off", "x")
+    with pytest.raises(UserError, match="invalid choice: 'c'"):
+        read("--choice c")
+
+
+def test_flags_override_the_preset_and_the_preset_the_constants():
+    """`-` and `_` are equivalent; a shorter run has a shorter warmup."""
     args, _ = train_gpt.read_arguments(["--preset", "tiny", "--max_lr=0.5", "--n_layer", "7"])
     assert (args.max_lr, args.n_layer) == (0.5, 7)
     assert args.n_embd == train_gpt.PRESETS["tiny"]["n_embd"]
@@ -52,27 +146,55 @@ def test_an_explicit_flag_beats_the_preset_and_the_preset_the_constant():
     assert train_gpt.read_arguments(["--max-steps", "5"])[0].warmup_steps == 0
 
 
-def test_every_flag_is_read_somewhere():
-    """No flag is parsed and forgotten: each name occurs as args.NAME in the training script or its utils."""
-    modules = [path for path in (ROOT / "utils").rglob("*.py")]
-    sources = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "train_gpt.py", *modules])
-    for name in vars(make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])):
+def test_without_a_preset_device_and_data_decide(tmp_path, monkeypatch):
+    """gpt2 on CUDA with shards, else tiny; the reason has both facts."""
+    (tmp_path / "text.txt").touch()
+    for has_cuda in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_cuda=has_cuda: has_cuda)
+        for data in (tmp_path, tmp_path / "text.txt"):
+            args, reason = train_gpt.read_arguments(["--data", str(data)])
+            assert args.preset == ("gpt2" if has_cuda and data.is_dir() else "tiny")
+            assert reason == (
+                f"{'CUDA' if has_cuda else 'no CUDA'}, {'shards' if data.is_dir() else 'no shards'}"
+            )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args, reason = train_gpt.read_arguments(["--data", str(tmp_path), "--device", "cpu"])
+    assert (args.preset, reason) == ("tiny", "no CUDA, shards")
+    assert train_gpt.read_arguments(["--preset", "char"])[1] == "--preset"
+
+
+def test_a_preset_cannot_set_a_flag_that_does_not_exist():
+    """A typing error in the table of presets fails at once."""
+    script = script_from(SOURCE.replace("dict(\n        n_layer=4,", "dict(\n        num_layers=4,"))
+    with pytest.raises(AssertionError, match="preset tiny sets a flag that does not exist"):
+        script.read_arguments(["--preset", "tiny"])
+
+
+def test_every_flag_is_used():
+    """Each name occurs as args.NAME in the training script or in utils."""
+    modules = list((ROOT / "utils").rglob("*.py"))
+    sources = SOURCE + "".join(path.read_text(encoding="utf-8") for path in modules)
+    for name in vars(train_gpt.flag.parser.parse_args([])):
         assert re.search(rf"\bargs\.{name}\b", sources), name
 
 
-def test_namespace_is_plain(tmp_path):
-    """Settings survive JSON: every value of the parser is plain or a path."""
-    for value in vars(make_parser(vars(train_gpt), train_gpt.PRESETS).parse_args([])).values():
-        assert isinstance(value, (int, float, str, bool, type(None), type(tmp_path)))
+def test_settings_are_plain_values():
+    """So they can be written as JSON: every default is plain or a path."""
+    for value in vars(train_gpt.flag.parser.parse_args([])).values():
+        assert isinstance(value, (int, float, str, bool, type(None), Path))
     assert isinstance(train_gpt.read_arguments([])[0], Namespace)
 
 
 def test_preset_char_is_small():
-    """At most 0.85M parameters with the 65 characters of Tiny Shakespeare."""
+    """At most 850,000 parameters with the 65 characters of Tiny Shakespeare."""
     args, _ = train_gpt.read_arguments(["--preset", "char"])
     with torch.device("meta"):
         model = GPT(GPTConfig(args.seq_len, 65, args.n_layer, args.n_head, args.n_embd))
     assert model.num_parameters() <= 850_000
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is refused
 
 
 @pytest.mark.parametrize(
@@ -86,15 +208,15 @@ def test_preset_char_is_small():
         (["--seed", "5000000000"], "--seed 5000000000 is not below 2..32"),
     ],
 )
-def test_settings_that_do_not_fit_are_named_with_their_numbers(arguments, message):
-    """Each check before the first step, on three ranks where ranks matter."""
+def test_inconsistent_settings_are_reported_with_their_numbers(arguments, message):
+    """Before the first step; with three ranks where their number matters."""
     args, _ = train_gpt.read_arguments(["--preset", "gpt2", *arguments])
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         check_training_settings(args, world_size=3 if "12" in arguments else 1)
 
 
-def test_all_problems_come_in_one_message():
-    """Three mistakes cost one start."""
+def test_all_problems_are_in_one_message():
+    """Three mistakes can be corrected at once."""
     args, _ = train_gpt.read_arguments(
         ["--preset", "gpt2", "--n-embd", "5", "--min-lr", "1", "--micro-batch", "7"]
     )
@@ -106,7 +228,7 @@ def test_all_problems_come_in_one_message():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_accumulation_makes_the_batch_exact(world_size):
-    """Rows x tokens x ranks x steps is the batch."""
+    """Rows x tokens x ranks x micro-steps is the batch."""
     assert accumulation_steps(64 * 128 * world_size * 5, 64, 128, world_size) == 5
 
 
@@ -129,7 +251,7 @@ def test_accumulation_makes_the_batch_exact(world_size):
         (["--eval-only", "--log-dir", "/nowhere"], "no checkpoint in /nowhere"),
     ],
 )
-def test_what_a_user_can_get_wrong_is_one_error_and_one_hint(flags, message, text_file, tmp_path, capsys):
+def test_a_user_error_is_one_error_line_and_one_hint(flags, message, text_file, tmp_path, capsys):
     """Exit code 2, two lines on stderr, no traceback, and no file of a run."""
     code = run_script(lambda: train_gpt.main(small_args(text_file, tmp_path / "log", *flags)))
     error = capsys.readouterr().err.strip().splitlines()
@@ -152,31 +274,12 @@ def test_exit_codes_of_the_process(text_file, tmp_path):
     assert diverged.stderr.startswith("error: non-finite") and "Traceback" not in diverged.stderr
 
 
-def test_gpt2_without_a_network_says_what_to_do(tmp_path):
-    """Weights that are not on disk and cannot be had are exit 2 with a hint, within seconds."""
-    started = time.monotonic()
-    process = run(ROOT / "generate.py", "-m", "gpt2", "-p", "x", HF_HOME=str(tmp_path))
-    assert process.returncode == 2, process.stderr
-    assert "error: cannot download " in process.stderr and "HF_HOME" in process.stderr
-    assert "Traceback" not in process.stderr and time.monotonic() - started < 60
-
-
 @pytest.mark.parametrize(("flag", "package"), [("--tensorboard", "tensorboard"), ("--wandb", "wandb")])
 def test_a_mirror_that_is_not_installed_is_an_error_before_the_first_step(flag, package, text_file, tmp_path):
-    """The package to install is named, and no run has begun."""
+    """The hint names the package to install, and nothing is logged."""
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed here")
     with pytest.raises(UserError) as caught:
         train_gpt.main(small_args(text_file, tmp_path / "log", flag))
     assert f"pip install {package}" in caught.value.hint
     assert not (tmp_path / "log" / "log.txt").exists()
-
-
-def test_a_dry_run_says_what_the_run_would_take_and_writes_nothing(text_file, tmp_path, capsys):
-    """--dry-run: decisions, arithmetic, disk, memory, time and money; no file, no folder."""
-    flags = ("--max-steps", "1000", "--dry-run", "--cost-per-hour", "20")
-    assert train_gpt.main(small_args(text_file, tmp_path / "log", *flags)) == 0
-    out = capsys.readouterr().out
-    for start in ("device", "model", "train", "batch", "checkpoints", "memory", "time", "cost"):
-        assert f"\n{start}: " in out, start
-    assert not (tmp_path / "log").exists()

@@ -1,4 +1,4 @@
-"""The search for the largest micro-batch, with a device whose memory is a number."""
+"""The search for the largest micro-batch, on a simulated device, and what it becomes in a resumed run."""
 
 from __future__ import annotations
 
@@ -6,60 +6,77 @@ import pytest
 import torch
 
 import train_gpt
-from tests.conftest import tiny_model
+from utils.command_line import UserError
 from utils.distributed import Distributed
-from utils.errors import UserError
-from utils.training.micro_batch import OutOfMemory, choose, largest_that_fits
+from utils.training.micro_batch import largest_that_fits
+from utils.training.resume import find_checkpoint
 
 
 @pytest.mark.parametrize(
     ("fits", "rows", "expected"), [(5, 64, 4), (100, 64, 64), (100, 24, 8), (1, 64, 1), (9, 7, 1)]
 )
 def test_the_largest_power_of_two_that_fits_and_divides(fits, rows, expected):
-    """Doubling stops at the memory's end, or where the rows of an update would no longer divide."""
+    """Doubling stops when the memory is full, or when the rows of an update are no longer a multiple."""
     tried = []
 
-    def step(B):
+    def step(B: int) -> None:
         tried.append(B)
         if B > fits:
-            raise OutOfMemory(f"{B} rows")
+            raise torch.OutOfMemoryError(f"{B} rows")
 
     assert largest_that_fits(step, rows) == expected
     assert tried == sorted(set(tried))
 
 
-def test_not_even_one_row_is_an_error():
-    """Nothing to fall back to: the user must change the model or the sequence length."""
+def test_a_device_without_room_for_one_row_is_an_error():
+    """The user must change the model or the sequence length."""
 
-    def step(B):
-        raise OutOfMemory("no")
+    def step(B: int) -> None:
+        raise torch.OutOfMemoryError("no")
 
     with pytest.raises(UserError, match="not even one window"):
         largest_that_fits(step, 8)
 
 
-def test_auto_on_a_cpu_is_the_presets_and_says_so(text_file, tmp_path, capsys):
-    """A whole run with --micro-batch auto, and a resumed one, which remembers."""
+@pytest.fixture
+def char_flags(text_file, tmp_path) -> list[str]:
+    """Flags of a run of two steps with the preset char."""
     flags = ["--preset", "char", "--data", str(text_file), "--log-dir", str(tmp_path), "--device", "cpu"]
-    flags += "--n-embd 16 --n-head 2 --n-layer 1 --max-steps 2 --val-every 0 --sample-every 0".split()
-    assert train_gpt.main([*flags, "--micro-batch", "auto"]) == 0
-    usual = train_gpt.PRESETS["char"]["micro_batch"]
-    assert "micro-batch: auto: a search pays on CUDA only" in capsys.readouterr().out
+    return flags + "--n-embd 16 --n-head 2 --n-layer 1 --max-steps 2 --val-every 0 --sample-every 0".split()
+
+
+def test_auto_on_a_cpu_is_the_preset_value(char_flags, tmp_path, capsys):
+    """The reason is printed, and the number, not "auto", is saved with the checkpoint."""
+    assert train_gpt.main([*char_flags, "--micro-batch", "auto"]) == 0
+    assert "micro-batch: auto: the preset's, because a search pays on CUDA only" in capsys.readouterr().out
     saved = torch.load(tmp_path / "optimizer_00002.pt", weights_only=True)["train_args"]["micro_batch"]
-    assert saved == usual
-    args, _ = train_gpt.read_arguments([*flags, "--micro-batch", "auto", "--resume"])
-    decision = choose(args, tiny_model(), Distributed(torch.device("cpu")), torch.float32, fallback=99)
-    assert decision == (usual, "that of the checkpoint")
+    assert saved == train_gpt.PRESETS["char"]["micro_batch"]
 
 
-def test_running_out_of_memory_names_the_flag(text_file, tmp_path, monkeypatch):
-    """Exit 2 and a hint, instead of a traceback from inside the model."""
+def test_auto_in_a_resumed_run_is_the_micro_batch_of_the_checkpoint(char_flags, capsys):
+    """So that a resumed run is bitwise the same; printed with its reason, also by a dry run."""
+    assert train_gpt.main([*char_flags, "--micro-batch", "4"]) == 0
+    args, _ = train_gpt.read_arguments([*char_flags, "--micro-batch", "auto", "--resume"])
+    reasons: dict[str, str] = {}
+    checkpoint = find_checkpoint(args, Distributed(torch.device("cpu")), reasons)
+    assert checkpoint.state["step"] == 2
+    assert args.micro_batch == 4 and reasons == {"micro-batch": "that of the checkpoint"}
+    resumed = [*char_flags, "--micro-batch", "auto", "--resume", "--max-steps", "3"]
+    for flags in (["--dry-run"], []):
+        capsys.readouterr()
+        assert train_gpt.main([*resumed, *flags]) == 0
+        out = capsys.readouterr().out
+        assert "micro-batch: that of the checkpoint" in out and "= 4 rows x 64 tokens x" in out
+    assert "settings have changed: max_steps 2 -> 3; continuing" in out
 
-    def full(run, batches, progress):
-        raise OutOfMemory("CUDA out of memory")
+
+def test_a_run_that_runs_out_of_memory_names_the_flag(char_flags, monkeypatch):
+    """Exit code 2 and a hint, instead of a traceback from inside the model."""
+
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(train_gpt, "update", full)
-    flags = ["--preset", "char", "--data", str(text_file), "--log-dir", str(tmp_path), "--device", "cpu"]
     with pytest.raises(UserError, match="out of memory with --micro-batch 12") as caught:
-        train_gpt.main([*flags, "--val-every", "0", "--micro-batch", "12"])
-    assert "--micro-batch 6 or auto" in caught.value.hint
+        train_gpt.main([*char_flags, "--micro-batch", "12"])
+    assert "--micro-batch 6 or auto" in caught.value.hint and caught.value.exit_code == 2

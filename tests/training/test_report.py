@@ -1,4 +1,4 @@
-"""What one looks at after a run: several runs in one picture, a report, and mirrors that cost nothing."""
+"""The curves of one run and of several, the report, and the mirrors of the metrics."""
 
 from __future__ import annotations
 
@@ -6,16 +6,25 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
+import train_gpt
 from tests.conftest import ROOT, run
-from utils.errors import UserError
-from utils.training import mirrors
-from utils.training.mirrors import Mirrors, check_installed
-from utils.training.plotting import main as plotting_main
-from utils.training.plotting import plot_comparison, plot_run, read_log
-from utils.training.report import write_report
+from utils.command_line import UserError
+from utils.training import plotting, report, run_log
+from utils.training.plotting import plot_comparison
+from utils.training.report import (
+    plot_run,
+    published_val_losses,
+    read_log,
+    read_metrics,
+    smoothed,
+    write_report,
+)
+from utils.training.run_log import Mirrors, check_installed
 
 SAMPLES = """--- step 20, sample 0
 an older text
@@ -27,15 +36,11 @@ Hello ``` there
 """
 
 
-def fake_run(log_dir: Path, hellaswag: bool = True, slower: float = 1.0, max_steps: int = 40) -> Path:
-    """The files of a run of 40 steps of 1000 tokens, validated every ten."""
+def fake_run(log_dir: Path, *, hellaswag: bool = True, slower: float = 1.0, **settings: Any) -> Path:
+    """Writes the files of a run of 40 steps of 1000 tokens, validated every ten; returns its directory."""
     log_dir.mkdir(parents=True)
-    settings = {
-        "preset": "tiny",
-        "max_steps": max_steps,
-        "total_batch_tokens": 1000,
-        "sample_prompt": "a|b\nc",
-    }
+    usual = {"preset": "tiny", "max_steps": 40, "total_batch_tokens": 1000, "sample_prompt": "a|b\nc"}
+    settings = {**usual, **settings}
     head = dict(
         environment={"torch": "2.0.1", "device": "CPU"}, reasons={"data": "input.txt"}, parameters=12345
     )
@@ -59,21 +64,52 @@ def fake_run(log_dir: Path, hellaswag: bool = True, slower: float = 1.0, max_ste
 
 
 @pytest.fixture
-def drawn(monkeypatch) -> list:
-    """The figures that are saved while a test runs."""
-    from utils.training import plotting
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are saved during a test."""
+    figures, save = [], report.save_picture
 
-    figures, save = [], plotting.save_picture
-    monkeypatch.setattr(plotting, "save_picture", lambda f, path: (figures.append(f), save(f, path))[1])
+    def keep(figure: Figure, path: Path) -> Path:
+        figures.append(figure)
+        return save(figure, path)
+
+    for module in (report, plotting):
+        monkeypatch.setattr(module, "save_picture", keep)
     return figures
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_a_plot_needs_the_log_only(tmp_path):
+    """Losses, and with HellaSwag lines a third panel; an incomplete last line is left out."""
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"kind": "train", "step": s, "lr": 0.1}) + "\n" for s in (0, 1)) + '{"kind": "tra'
+    )
+    (tmp_path / "log.txt").write_text("0 val 10.8\n0 train 10.8\n1 train 9.0\n2 val 8.5\n3 trai")
+    assert read_log(tmp_path / "log.txt") == {"val": ([0, 2], [10.8, 8.5]), "train": ([0, 1], [10.8, 9.0])}
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
+    without = plot_run(tmp_path).read_bytes()
+    with open(tmp_path / "log.txt", "w") as file:
+        file.write("0 val 10.8\n0 hella 0.25\n0 train 10.8\n1 hella 0.26\n")
+    assert plot_run(tmp_path).read_bytes() != without
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curves.png", "log.txt", "metrics.jsonl"]
+    (tmp_path / "metrics.jsonl").unlink()
+    assert plot_run(tmp_path).exists() and read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_smoothing_is_unbiased_at_the_start():
+    """A constant is unchanged from the first value on, and a step is approached from below."""
+    assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smoothed([0.0, 1.0], memory=0.5) == pytest.approx([0.0, 2 / 3])
+
+
 def test_runs_are_compared_by_steps_tokens_time_and_hellaswag(tmp_path, drawn, capsys, monkeypatch):
-    """Every panel has a line a run at the right values; GPT-2 and GPT-3 are dashed lines at theirs."""
+    """Every panel has one line per run at the right values, and dashed lines for GPT-2 and GPT-3."""
     monkeypatch.chdir(tmp_path)
     fast, slow = fake_run(Path("a")), fake_run(Path("a_directory_with_a_very_long_name/log"), slower=3)
     out = tmp_path / "compare.png"
-    assert plotting_main([str(fast), str(slow), "--out", str(out)]) == 0
+    assert plotting.main([str(fast), str(slow), "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out.strip() == str(out)
     panels = drawn[0].axes
     steps, tokens, seconds, hellaswag = [[list(line.get_xdata()) for line in panel.lines] for panel in panels]
@@ -87,16 +123,16 @@ def test_runs_are_compared_by_steps_tokens_time_and_hellaswag(tmp_path, drawn, c
     assert labels == ["a (last 3.1182)", "...y_with_a_very_long_name/log (last 3.1182)"]
 
 
-def test_a_run_without_hellaswag_or_metrics_is_compared_by_what_it_has(tmp_path, drawn):
-    """Three panels, and a log.txt alone still gives the curve against steps."""
+def test_a_comparison_needs_the_logs_only(tmp_path, drawn):
+    """Three panels without HellaSwag, and a log.txt alone still gives the curve against steps."""
     log_dir = fake_run(tmp_path / "a", hellaswag=False)
     (log_dir / "metrics.jsonl").unlink()
     plot_comparison([log_dir], tmp_path / "x.png")
     assert [len(panel.lines) for panel in drawn[0].axes] == [1, 0, 0]
 
 
-def test_the_curves_of_a_run_show_what_it_is_measured_against(tmp_path, drawn):
-    """The HellaSwag panel has the run's accuracies and both dashed lines; the picture is complete."""
+def test_the_curves_of_a_run_include_the_published_accuracies(tmp_path, drawn):
+    """The HellaSwag panel has the run's line and those of GPT-2 and GPT-3; no temporary file remains."""
     plot_run(fake_run(tmp_path / "a"))
     loss, _, hellaswag = drawn[0].axes
     assert len(loss.lines) == 3 and list(loss.lines[2].get_xdata()) == [0, 10, 20, 30, 40]
@@ -105,8 +141,8 @@ def test_the_curves_of_a_run_show_what_it_is_measured_against(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("files", [{}, {"log.txt": ""}])
-def test_what_is_no_log_directory_is_named(tmp_path, files):
-    """An empty directory, an empty log: one error, and no picture."""
+def test_a_folder_without_a_run_is_an_error(tmp_path, files):
+    """An empty folder or an empty log: neither a picture nor a report is written."""
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match="holds no log.txt of a run"):
@@ -116,13 +152,17 @@ def test_what_is_no_log_directory_is_named(tmp_path, files):
     assert not (tmp_path / "x.png").exists() and not (tmp_path / "report.md").exists()
 
 
-def test_a_picture_that_cannot_be_written_is_the_users_to_change(tmp_path):
-    """A folder that does not exist: exit code 2, not a traceback."""
+def test_a_comparison_that_cannot_be_written_is_a_user_error(tmp_path):
+    """In a folder that does not exist: exit code 2, not a traceback."""
     with pytest.raises(UserError, match="cannot write"):
         plot_comparison([fake_run(tmp_path / "a")], tmp_path / "nowhere" / "x.png")
 
 
-def test_the_report_has_what_the_run_reached_and_took(tmp_path):
+# ------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def test_the_report_has_results_and_costs(tmp_path):
     """Tokens, time, speed, memory, loss, perplexity, and HellaSwag with its standard error beside GPT-2's."""
     log_dir = fake_run(tmp_path / "a")
     plot_run(log_dir)
@@ -137,21 +177,21 @@ def test_the_report_has_what_the_run_reached_and_took(tmp_path):
     assert "](curves.png)" in text and "not complete" not in text and "MFU" not in text
 
 
-def test_the_report_shows_the_last_samples_whatever_is_in_them(tmp_path):
-    """Only those of the last time, in a fence that they cannot close; a bar in a setting breaks no table."""
+def test_the_report_shows_the_last_samples_and_escapes_all_texts(tmp_path):
+    """Samples are in a fence that they cannot close; a bar or line break in a setting breaks no table."""
     text = write_report(fake_run(tmp_path / "a")).read_text(encoding="utf-8")
     assert "Hello, I'm\n--- no heading\n--- step 40, sample 1\nHello ``` there\n````" in text
     assert "older text" not in text and "## Samples after step 40\n\n````text" in text
     assert "| sample prompt | a\\|b c |" in text and "](curves.png)" not in text
 
 
-def test_the_report_says_what_is_missing_and_where_it_resumed(tmp_path):
-    """A stopped run is called incomplete; other versions after a resume stand beside the first ones."""
+def test_the_report_of_a_stopped_and_resumed_run(tmp_path):
+    """It is called incomplete; versions that changed at a resume are listed in order."""
     log_dir = fake_run(tmp_path / "a", hellaswag=False, max_steps=100)
     with open(log_dir / "metrics.jsonl", "a") as file:
         start = json.loads((log_dir / "metrics.jsonl").read_text().splitlines()[0])
         file.write(json.dumps({**start, "step": 40, "environment": {"torch": "2.1.0"}}) + "\n")
-        file.write('{"kind": "hella", "step": 40, "accuracy": 0.5, "exam')  # torn
+        file.write('{"kind": "hella", "step": 40, "accuracy": 0.5, "exam')  # an incomplete line
     text = write_report(log_dir).read_text(encoding="utf-8")
     assert "| steps | 40 of 100: the run is not complete |" in text
     assert "| training tokens | 40,000 |" in text
@@ -160,9 +200,7 @@ def test_the_report_says_what_is_missing_and_where_it_resumed(tmp_path):
 
 
 def test_the_report_and_the_picture_of_a_real_run(tmp_path, text_file):
-    """The files that train_gpt.py writes today are the files that are read here."""
-    import train_gpt
-
+    """From the files that train_gpt.py writes."""
     sizes = "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 16 --micro-batch 2 --total-batch-tokens 32"
     flags = f"--preset char --device cpu {sizes} --max-steps 4 --val-every 2 --sample-every 2".split()
     assert train_gpt.main([*flags, "--data", str(text_file), "--log-dir", str(tmp_path / "log")]) == 0
@@ -173,7 +211,7 @@ def test_the_report_and_the_picture_of_a_real_run(tmp_path, text_file):
     assert plot_comparison([tmp_path / "log"], tmp_path / "x.png").exists()
 
 
-def test_the_commands_run(tmp_path):
+def test_the_commands_write_their_files(tmp_path):
     """`python -m utils.training.plotting` and `python -m utils.training.report`, as a user types them."""
     log_dir = fake_run(tmp_path / "log")
     for arguments in (
@@ -186,30 +224,101 @@ def test_the_commands_run(tmp_path):
     assert run("-m", "utils.training.report", tmp_path / "none", cwd=ROOT).returncode == 2
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Published val losses
+
+GPT2_SETTINGS = vars(train_gpt.read_arguments(["--preset", "gpt2"])[0])
+PUBLISHED = {250: 6.163, 1000: 4.153, 1250: 3.952, 19073: 3.04}
+
+
+def published_for(**changes: Any) -> dict[int, float]:
+    """The published losses for the preset gpt2 with these settings changed."""
+    return published_val_losses([{"kind": "run", "settings": {**GPT2_SETTINGS, **changes}}, {"kind": "val"}])
+
+
+def test_the_preset_gpt2_has_published_val_losses():
+    """Its constants are the recipe; what does not change the curve, or by rounding only, does not matter."""
+    assert published_for() == PUBLISHED
+    assert published_for(micro_batch=8, dtype="float32", seed=7, val_every=100, data="shards") == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"max_lr": 1e-3}, {"max_steps": 5000}, {"warmup_steps": 0}, {"total_batch_tokens": 65536}),
+        *({"weight_decay": 0.0}, {"grad_clip": 0.5}, {"min_lr": 0.0}, {"init_from": "gpt2"}),
+        *({"n_layer": 24, "n_head": 16, "n_embd": 1024}, {"seq_len": 512}, {"tokenizer": "char"}),
+        vars(train_gpt.read_arguments(["--preset", "tiny"])[0]),
+    ],
+)
+def test_another_recipe_has_no_published_val_losses(changes):
+    """Each of these settings changes the curve."""
+    assert published_for(**changes) == {}
+
+
+def test_without_a_record_of_the_settings_nothing_is_published():
+    """As for a log.txt alone, or a metrics.jsonl of another program."""
+    assert published_val_losses([]) == published_val_losses([{"kind": "val"}]) == {}
+    assert published_val_losses([{"kind": "run", "settings": {}}]) == {}
+
+
+def test_report_and_plot_show_the_published_val_losses_of_the_recipe(tmp_path, drawn):
+    """The report beside the last val loss if one was published for its step; the plot up to the last step."""
+    recipe = {name: value for name, value in GPT2_SETTINGS.items() if not isinstance(value, Path)}
+    log_dir = fake_run(tmp_path / "a", **recipe)
+    plot_run(log_dir)
+    assert len(drawn[0].axes[0].lines) == 3  # no published step has been reached
+    assert "published for this recipe" not in write_report(log_dir).read_text(encoding="utf-8")
+    for step, loss in ((250, 6.2), (1000, 4.2)):
+        with open(log_dir / "log.txt", "a") as file:
+            file.write(f"{step} val {loss}\n")
+    plot_run(log_dir)
+    points = drawn[1].axes[0].lines[3]
+    assert list(points.get_xdata()) == [250, 1000] and list(points.get_ydata()) == [6.163, 4.153]
+    text = write_report(log_dir).read_text(encoding="utf-8")
+    assert "after step 1,000 (published for this recipe on FineWeb-Edu: 4.153) |" in text
+
+
+def test_report_and_plot_of_another_recipe_show_no_published_val_losses(tmp_path, drawn):
+    """At the same step."""
+    log_dir = fake_run(tmp_path / "a")
+    with open(log_dir / "log.txt", "a") as file:
+        file.write("1000 val 4.2\n")
+    plot_run(log_dir)
+    assert len(drawn[0].axes[0].lines) == 3
+    text = write_report(log_dir).read_text(encoding="utf-8")
+    assert "after step 1,000 |" in text and "FineWeb-Edu" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mirrors
+
+
 class FakeWriter:
-    """TensorBoard's SummaryWriter, as far as it is used; `broken` makes every write fail."""
+    """The methods of TensorBoard's SummaryWriter that are used; with `broken` every write fails."""
 
     broken = False
+    last: FakeWriter
 
-    def __init__(self, log_dir, purge_step=None):
+    def __init__(self, log_dir: str, purge_step: int | None = None):
         self.log_dir, self.purge_step, self.scalars, self.closed = log_dir, purge_step, [], False
         FakeWriter.last = self
 
-    def add_text(self, *arguments):
-        pass
+    def add_text(self, *arguments: object) -> None:
+        """Ignored."""
 
-    def add_scalar(self, *arguments):
+    def add_scalar(self, *arguments: object) -> None:
         if FakeWriter.broken:
             raise ConnectionError("no route to host\nand more")
         self.scalars.append(arguments)
 
-    def close(self):
+    def close(self) -> None:
         self.closed = True
 
 
 @pytest.fixture
-def tensorboard(monkeypatch):
-    """torch.utils.tensorboard with a writer that keeps what it is given."""
+def tensorboard(monkeypatch) -> type[FakeWriter]:
+    """Replaces torch.utils.tensorboard."""
     monkeypatch.setitem(
         sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=FakeWriter)
     )
@@ -217,32 +326,32 @@ def tensorboard(monkeypatch):
     return FakeWriter
 
 
-def test_a_mirror_shows_every_number_at_its_step(tmp_path, tensorboard):
-    """Numbers alone, under kind/name; after a resume, what was written beyond the checkpoint is hidden."""
-    mirror = Mirrors(True, False, tmp_path, {"max_lr": 1}, start_step=7)
-    mirror.record("train", {"step": 7, "loss": 1.5, "mfu": None, "note": "x", "flag": True})
-    mirror.record("run", {"parameters": 5})
+def test_a_mirror_receives_every_number_at_its_step(tmp_path, tensorboard):
+    """Numbers only, as kind/name; after a resume, events beyond the checkpoint are hidden."""
+    mirror = Mirrors(tmp_path, {"max_lr": 1}, 7, print, tensorboard=True, wandb=False)
+    mirror.add("train", {"step": 7, "loss": 1.5, "mfu": None, "note": "x", "flag": True})
+    mirror.add("run", {"parameters": "5"})
     mirror.close()
     assert tensorboard.last.scalars == [("train/loss", 1.5, 7)] and tensorboard.last.closed
     assert tensorboard.last.purge_step == 7 and tensorboard.last.log_dir == str(tmp_path / "tensorboard")
 
 
-def test_a_service_that_fails_costs_one_warning(tmp_path, tensorboard):
-    """At a write: said once, then left alone; the caller sees no exception."""
+def test_a_service_that_fails_is_one_warning(tmp_path, tensorboard):
+    """At the first failed write; then the mirror is closed, and the caller sees no exception."""
     said: list[str] = []
-    mirror = Mirrors(True, False, tmp_path, {}, say=said.append)
+    mirror = Mirrors(tmp_path, {}, 0, said.append, tensorboard=True, wandb=False)
     tensorboard.broken = True
     for step in range(5):
-        mirror.record("train", {"step": step, "loss": 1.0})
+        mirror.add("train", {"step": step, "loss": 1.0})
     mirror.close()
-    assert said == ["warning: TensorBoard does not answer (no route to host); training goes on without it"]
+    assert said == ["warning: TensorBoard failed (no route to host); training continues without it"]
 
 
-def test_wandb_goes_on_in_the_same_run_after_a_resume_and_may_be_out_of_reach(tmp_path, monkeypatch):
-    """The id of the first start is given back to wandb; a start without a network is one warning."""
+def test_wandb_continues_the_same_run_after_a_resume(tmp_path, monkeypatch):
+    """With the id of the first start; a start without a network is one warning."""
     calls, logged, said = [], [], []
 
-    def init(**options):
+    def init(**options: Any) -> types.SimpleNamespace:
         calls.append(options)
         if len(calls) == 3:
             raise TimeoutError("cannot reach api.wandb.ai")
@@ -250,27 +359,39 @@ def test_wandb_goes_on_in_the_same_run_after_a_resume_and_may_be_out_of_reach(tm
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for start_step in (0, 10, 10):
-        mirror = Mirrors(False, True, tmp_path, {"seed": 1}, start_step, said.append)
-        mirror.record("val", {"step": start_step, "loss": 2.0})
+        mirror = Mirrors(tmp_path, {"seed": 1}, start_step, said.append, tensorboard=False, wandb=True)
+        mirror.add("val", {"step": start_step, "loss": 2.0})
         mirror.close()
     assert [call["id"] for call in calls] == [None, "abc123", "abc123"]
     assert logged == [{"val/loss": 2.0, "step": 0}, {"val/loss": 2.0, "step": 10}]
-    assert said == ["warning: wandb does not answer (cannot reach api.wandb.ai); training goes on without it"]
+    assert said == ["warning: wandb failed (cannot reach api.wandb.ai); training continues without it"]
 
 
-def test_a_missing_package_is_said_before_anything_starts(monkeypatch):
-    """The hint names what to install; without the flags nothing is looked for."""
-    monkeypatch.setattr(mirrors, "find_spec", lambda name: None)
-    check_installed(False, False)
-    for flags, name in (((True, False), "tensorboard"), ((False, True), "wandb")):
-        with pytest.raises(UserError, match=f"--{name} asked, but {name} is not installed") as caught:
-            check_installed(*flags)
+def test_a_run_writes_to_its_mirrors(text_file, tmp_path, tensorboard, monkeypatch):
+    """With --tensorboard every update and every validation arrives."""
+    monkeypatch.setattr(run_log, "find_spec", lambda name: True)
+    sizes = "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 16 --micro-batch 2 --total-batch-tokens 32"
+    flags = f"--preset char --device cpu {sizes} --max-steps 2 --val-every 2 --sample-every 0".split()
+    flags += ["--data", str(text_file), "--log-dir", str(tmp_path / "log"), "--tensorboard"]
+    assert train_gpt.main(flags) == 0
+    steps = {(name, step) for name, _, step in tensorboard.last.scalars}
+    assert {("train/loss", 0), ("train/loss", 1), ("val/loss", 0), ("val/loss", 2)} <= steps
+    assert tensorboard.last.closed
+
+
+def test_a_missing_package_is_an_error_before_anything_starts(monkeypatch):
+    """The hint names what to install; without the flags no package is looked for."""
+    monkeypatch.setattr(run_log, "find_spec", lambda name: None)
+    check_installed(tensorboard=False, wandb=False)
+    for name in ("tensorboard", "wandb"):
+        with pytest.raises(UserError, match=f"--{name} needs the package {name}") as caught:
+            check_installed(**{"tensorboard": False, "wandb": False, name: True})
         assert caught.value.hint == f"pip install {name}"
 
 
 def test_without_flags_there_is_no_mirror(tmp_path):
     """No package is imported and no file appears."""
-    mirror = Mirrors(False, False, tmp_path, {})
-    mirror.record("train", {"step": 0, "loss": 1.0})
+    mirror = Mirrors(tmp_path, {}, 0, print, tensorboard=False, wandb=False)
+    mirror.add("train", {"step": 0, "loss": 1.0})
     mirror.close()
-    assert mirror.open == [] and list(tmp_path.iterdir()) == []
+    assert mirror.active == [] and list(tmp_path.iterdir()) == []

@@ -1,53 +1,70 @@
-"""Stop a run at any instant, run it again with --resume: the same log, the same weights.
+"""A run that is stopped at any point and resumed writes the same log and the same weights.
 
-Signals are in test_resume_signals.py, bad files in test_resume_saves.py, other settings in
-test_resume_settings.py, what needs several processes in test_distributed.py, single files in test_files.py.
+Signals are tested in test_signals.py, damaged files in test_resume_saves.py, changed settings in
+test_resume_settings.py, several processes in test_distributed.py.
 """
 
 from __future__ import annotations
 
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.small_runs import Killed, assert_same_run, kill_in, stop_by_signal_in, tensors_of, train
-from utils.errors import UserError
-from utils.training.resume import Progress
+from tests.conftest import ROOT
+from tests.small_runs import (
+    Killed,
+    assert_same_losses,
+    assert_same_run,
+    kill_in,
+    kill_in_update,
+    stop_by_signal_in,
+    tensors_of,
+    train,
+)
+from utils.command_line import UserError
+from utils.training.state import Progress
+from utils.weights import checkpoint
 
-pytestmark = pytest.mark.usefixtures("no_pictures")  # drawing takes longer than the run
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+# A log directory written by the code before TrainState: RESUMABLE on the text of `short_text`, killed at
+# step 11, without its older checkpoint.
+CHECKPOINT_V1 = ROOT / "tests" / "fixtures" / "checkpoint_v1"
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 4, 7, 11, 15, 19])
-def test_killed_in_an_update_and_resumed_it_is_the_same_run(
-    step, short_text, undisturbed, tmp_path, monkeypatch
-):
-    """Bitwise resume: before the first checkpoint, after one, at an evaluation, across an epoch's end."""
+def test_a_run_killed_in_an_update_is_resumed_bitwise(step, short_text, undisturbed, tmp_path, monkeypatch):
+    """Before the first checkpoint, right after one, at an evaluation, and across the end of an epoch."""
     with monkeypatch.context() as patch:
-        kill_in(patch, "update", lambda args: args[2].step == step)
+        kill_in_update(patch, step)
         with pytest.raises(Killed):
             train(short_text, tmp_path)
     assert train(short_text, tmp_path, "--resume") == 0
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("name", ["evaluate", "write_samples", "save"])
-def test_killed_in_an_evaluation_a_sample_or_a_save(name, short_text, undisturbed, tmp_path, monkeypatch):
-    """No line is lost and none is there twice, wherever in a pass the run ended."""
+@pytest.mark.parametrize("name", ["evaluate", "write_samples", "save_checkpoint"])
+def test_a_run_killed_outside_an_update_is_resumed_bitwise(
+    name, short_text, undisturbed, tmp_path, monkeypatch
+):
+    """In an evaluation, a sample or a save: no line of the logs is missing and none is duplicated."""
     calls = []
     with monkeypatch.context() as patch:
-        kill_in(patch, name, lambda args: calls.append(1) or len(calls) == 3)
+        kill_in(patch, name, lambda *arguments: calls.append(1) or len(calls) == 3)
         with pytest.raises(Killed):
             train(short_text, tmp_path)
     assert train(short_text, tmp_path, "--resume") == 0
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_resumed_twice(short_text, undisturbed, tmp_path, monkeypatch):
-    """A resumed run saves as good a state as a fresh one."""
+def test_a_run_can_be_resumed_twice(short_text, undisturbed, tmp_path, monkeypatch):
+    """A resumed run saves as complete a state as a fresh one."""
     for step in (5, 13):
         with monkeypatch.context() as patch:
-            kill_in(patch, "update", lambda args, step=step: args[2].step == step)
+            kill_in_update(patch, step)
             with pytest.raises(Killed):
                 train(short_text, tmp_path, "--resume")
     assert train(short_text, tmp_path, "--resume") == 0
@@ -55,8 +72,24 @@ def test_resumed_twice(short_text, undisturbed, tmp_path, monkeypatch):
     assert (tmp_path / "log.txt.stale").exists()
 
 
-def test_a_complete_run_resumed_changes_nothing(short_text, undisturbed, capsys):
-    """Resume at MAX_STEPS: it says so, exit 0, every file as it was."""
+def test_a_checkpoint_of_the_code_before_train_state_is_resumed_bitwise(
+    short_text, undisturbed, tmp_path, capsys
+):
+    """Without a warning about settings, and with the log and weights of an uninterrupted run.
+
+    On another machine or version than the fixture's, equality to rounding is promised and tested.
+    """
+    shutil.copytree(CHECKPOINT_V1, tmp_path, dirs_exist_ok=True)
+    assert train(short_text, tmp_path, "--resume") == 0
+    out = capsys.readouterr().out
+    assert "model_00009.pt at step 9" in out and "settings have changed" not in out
+    assert_same_losses(tmp_path, undisturbed)
+    if "results equal to rounding only" not in out:
+        assert_same_run(tmp_path, undisturbed)
+
+
+def test_resuming_a_complete_run_changes_nothing(short_text, undisturbed, capsys):
+    """At MAX_STEPS a message and exit code 0; every file stays as it was."""
     before = {path: path.read_bytes() for path in undisturbed.glob("[!.]*.*") if path.is_file()}
     assert train(short_text, undisturbed, "--resume") == 0
     model = undisturbed / "model_00020.pt"
@@ -64,14 +97,14 @@ def test_a_complete_run_resumed_changes_nothing(short_text, undisturbed, capsys)
     assert {path: path.read_bytes() for path in undisturbed.glob("[!.]*.*") if path.is_file()} == before
 
 
-def test_resume_without_a_checkpoint_is_a_fresh_start(short_text, undisturbed, tmp_path):
-    """So that one command, in a loop, starts a run and continues it."""
+def test_resuming_without_a_checkpoint_is_a_fresh_start(short_text, undisturbed, tmp_path):
+    """The same command, in a loop, starts a run and continues it."""
     assert train(short_text, tmp_path, "--resume") == 0
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_resume_without_a_usable_checkpoint_is_no_fresh_start(stopped_run, short_text):
-    """All damaged, or without their twins: days of work are not begun anew without a word."""
+def test_resuming_without_a_usable_checkpoint_is_an_error(stopped_run, short_text):
+    """If all checkpoints are damaged, the run is not silently started again from step 0."""
     names = {path.name for path in stopped_run.iterdir()}
     for path in stopped_run.glob("optimizer_*.pt"):
         path.write_bytes(path.read_bytes()[:100])
@@ -80,8 +113,8 @@ def test_resume_without_a_usable_checkpoint_is_no_fresh_start(stopped_run, short
     assert {path.name for path in stopped_run.iterdir()} >= names
 
 
-def test_an_older_checkpoint_sends_the_newer_ones_to_the_archive(stopped_run, short_text, undisturbed):
-    """Resuming step 6 while step 9 exists: the dead branch cannot be taken up later."""
+def test_resuming_from_an_older_checkpoint_archives_the_newer_ones(stopped_run, short_text, undisturbed):
+    """After resuming step 6 while step 9 exists, no later resume can continue from the abandoned step 9."""
     older = str(stopped_run / "model_00006.pt")
     assert train(short_text, stopped_run, "--resume", older, "--max-steps", "20") == 0
     (archive,) = (stopped_run / "archive").iterdir()
@@ -92,7 +125,7 @@ def test_an_older_checkpoint_sends_the_newer_ones_to_the_archive(stopped_run, sh
 def test_a_checkpoint_from_another_folder_starts_a_new_log(
     stopped_run, short_text, undisturbed, tmp_path_factory
 ):
-    """The old folder is left alone; the weights end up the same."""
+    """The other folder is unchanged, and the final weights are those of an uninterrupted run."""
     new = tmp_path_factory.mktemp("new")
     before = sorted(path.name for path in stopped_run.iterdir())
     assert train(short_text, new, "--resume", str(stopped_run / "model_00009.pt")) == 0
@@ -104,10 +137,10 @@ def test_a_checkpoint_from_another_folder_starts_a_new_log(
 
 
 @pytest.mark.parametrize("key", ["optimizer", "step", "windows", "log", "done"])
-def test_without_one_part_of_the_state_the_run_would_be_another(
+def test_the_comparison_detects_the_loss_of_any_part_of_the_state(
     key, short_text, undisturbed, tmp_path, monkeypatch
 ):
-    """Negative controls: the comparison above sees the loss of any part of the state."""
+    """Negative controls: with one part of the checkpoint reset, `assert_same_run` fails."""
     with monkeypatch.context() as patch:  # stopped in step 12, whose validation is in the log already
         stop_by_signal_in(patch, "update", signal.SIGTERM, 13)
         assert train(short_text, tmp_path) == 143
@@ -124,19 +157,34 @@ def test_without_one_part_of_the_state_the_run_would_be_another(
         assert_same_run(tmp_path, undisturbed)
 
 
-def test_the_last_val_loss_comes_back(stopped_run, short_text):
-    """A resumed run that evaluates no more saves the val loss of before with its last model."""
+def test_the_last_val_loss_is_restored(stopped_run, short_text):
+    """A resumed run that evaluates no more saves the earlier val loss with its last model."""
     before = torch.load(stopped_run / "model_00009.pt", weights_only=True)["val_loss"]
     assert before is not None and train(short_text, stopped_run, "--resume", "--val-every", "0") == 0
     assert torch.load(stopped_run / "model_00020.pt", weights_only=True)["val_loss"] == before
 
 
-def test_what_is_due_is_due_once_a_pass():
-    """Every N steps and after the last, 0 never, and not again once it is in the log."""
+@pytest.mark.parametrize("micro_batch", ["2", "auto"])
+def test_resuming_reads_each_file_once(micro_batch, stopped_run, short_text, monkeypatch):
+    """The optimizer file is large; --micro-batch auto, which needs a setting from it, adds no read."""
+    read: list[str] = []
+    real = checkpoint.load_checked
+
+    def counting(path: Path) -> object:
+        read.append(Path(path).name)
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "load_checked", counting)
+    assert train(short_text, stopped_run, "--resume", "--micro-batch", micro_batch) == 0
+    assert read == ["model_00009.pt", "optimizer_00009.pt"]
+
+
+def test_an_evaluation_is_due_once_a_pass():
+    """Every N steps and after the last step, never for 0, and not again once it is in the log."""
     progress = Progress(step=10)
     assert progress.is_due("val", 5, last=False) and progress.is_due("val", 7, last=True)
     assert not progress.is_due("val", 3, last=False) and not progress.is_due("val", 0, last=True)
     progress.done.append("val")
     assert not progress.is_due("val", 5, last=False)
-    progress.updated(4, 0.5)
+    progress.complete_update(4, 0.5)
     assert (progress.step, progress.windows, progress.done) == (11, 4, [])

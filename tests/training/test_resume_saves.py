@@ -1,4 +1,4 @@
-"""What a torn, failed or damaged save does to a run and to the one that resumes it."""
+"""Interrupted, failed and damaged saves, and the runs that resume after them."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ import torch
 
 from tests.conftest import ROOT, run
 from tests.small_runs import RESUMABLE, assert_same_run, train
-from utils.errors import Unfinished, UserError
-from utils.training import log_directory as run_dir
+from utils.command_line import Unfinished, UserError
+from utils.files import remove_temporary_files
 from utils.weights import checkpoint
 
-pytestmark = pytest.mark.usefixtures("no_pictures")  # drawing takes longer than the run
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
-def test_leftovers_of_a_torn_save_are_swept(short_text, tmp_path, capsys):
-    """A temporary file of a killed save is removed with one line."""
-    tmp_path.mkdir(exist_ok=True)
+def test_the_temporary_file_of_a_killed_save_is_removed(short_text, tmp_path, capsys):
+    """By the next run, which names it in one line."""
     (tmp_path / ".model_00010.pt.tmp-123").write_bytes(b"half")
     assert train(short_text, tmp_path, "--max-steps", "2") == 0
     assert "removed .model_00010.pt.tmp-123" in capsys.readouterr().out
     assert not list(tmp_path.glob(".*.tmp-*"))
 
 
-def test_saving_a_step_again_keeps_the_pair_together(short_text, stopped_run, monkeypatch):
-    """When the second file cannot be written, neither is replaced, and the old pair still resumes."""
+def test_a_failed_second_save_of_a_step_leaves_the_first_pair(stopped_run, monkeypatch):
+    """When the second of its two files cannot be written, neither is replaced, and both still load."""
     real, calls = torch.save, []
 
     def second_fails(content, file):
@@ -41,11 +40,11 @@ def test_saving_a_step_again_keeps_the_pair_together(short_text, stopped_run, mo
         real(content, file)
 
     monkeypatch.setattr(torch, "save", second_fails)
-    model, state = checkpoint.load_pair(stopped_run / "model_00009.pt")
+    before = checkpoint.load_pair(stopped_run / "model_00009.pt")
     with pytest.raises(OSError):
-        checkpoint.save_pair(stopped_run, 9, model, state)
-    path, again, _ = checkpoint.newest_complete(stopped_run)
-    assert path.name == "model_00009.pt" and again["save_id"] == model["save_id"]
+        checkpoint.save_pair(stopped_run, 9, before.model, before.state)
+    after = checkpoint.newest_complete(stopped_run)
+    assert after.path.name == "model_00009.pt" and after.model["save_id"] == before.model["save_id"]
     assert not list(stopped_run.glob(".*.tmp-*"))
 
 
@@ -63,7 +62,7 @@ while True:
 
 @pytest.mark.slow
 def test_a_save_killed_at_any_moment_leaves_whole_files(tmp_path):
-    """A process saves over its own files and is killed, twelve times: every file is old or new."""
+    """A process that overwrites its own files is killed twelve times: each file is the old or the new one."""
     for kill in range(12):
         process = subprocess.Popen(
             [sys.executable, "-c", CHILD_SAVES, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -74,12 +73,12 @@ def test_a_save_killed_at_any_moment_leaves_whole_files(tmp_path):
         process.wait()
         for path in tmp_path.glob("*.pt"):
             assert isinstance(checkpoint.load_checked(path), dict)
-    run_dir.sweep(tmp_path)
+    remove_temporary_files(tmp_path)
     assert all(path.suffix == ".pt" and not path.name.startswith(".") for path in tmp_path.iterdir())
 
 
-def test_the_twin_is_no_model(stopped_run, short_text):
-    """An optimizer file given as a model is an error of the user's, for --resume as well."""
+def test_an_optimizer_file_is_refused_as_a_model(stopped_run, short_text):
+    """With a UserError, by the loading function and by --resume."""
     for call in (
         lambda: checkpoint.load_model_file(stopped_run / "optimizer_00009.pt"),
         lambda: train(short_text, stopped_run, "--resume", str(stopped_run / "optimizer_00009.pt")),
@@ -89,6 +88,7 @@ def test_the_twin_is_no_model(stopped_run, short_text):
 
 
 def damage(path: Path, how: str) -> None:
+    """Flips a bit, replaces the content or the save's id, or truncates the file to a share of its bytes."""
     data = path.read_bytes()
     if how == "flip":
         middle = len(data) // 2
@@ -104,8 +104,10 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["0", "0.1", "0.5", "0.99", "flip", "html", "other pair"])
 @pytest.mark.parametrize("name", ["model_00009.pt", "optimizer_00009.pt"])
-def test_a_damaged_checkpoint_is_passed_over(name, how, stopped_run, short_text, undisturbed, capsys):
-    """--resume warns and takes the one before, the run is the same; by name it is exit 2."""
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(
+    name, how, stopped_run, short_text, undisturbed, capsys
+):
+    """--resume uses the one before and gives the same run; naming the damaged one is an error."""
     damage(stopped_run / name, how)
     with pytest.raises(UserError, match="damaged|saved together"):
         train(short_text, stopped_run, "--resume", str(stopped_run / "model_00009.pt"))
@@ -115,8 +117,8 @@ def test_a_damaged_checkpoint_is_passed_over(name, how, stopped_run, short_text,
     assert_same_run(stopped_run, undisturbed)
 
 
-def test_only_the_newest_checkpoints_and_milestones_stay(undisturbed):
-    """Two pairs to resume from, models at multiples of --keep-every, and the last one."""
+def test_a_run_keeps_the_newest_checkpoints_and_the_milestones(undisturbed):
+    """Two pairs to resume from, the models of multiples of --keep-every, and the last model."""
     names = sorted(path.name for path in undisturbed.glob("*.pt"))
     assert names == [
         *("model_00006.pt", "model_00012.pt", "model_00018.pt", "model_00020.pt"),
@@ -124,8 +126,8 @@ def test_only_the_newest_checkpoints_and_milestones_stay(undisturbed):
     ]
 
 
-def test_a_full_disk_ends_no_run_but_a_failed_last_save_does(short_text, tmp_path, monkeypatch, capsys):
-    """A warning with free and needed space, tried again at the next save; exit 1 only after the last."""
+def test_a_full_disk_ends_a_run_only_if_the_last_save_fails(short_text, tmp_path, monkeypatch, capsys):
+    """A failed save is a warning with free and needed space; exit code 1 if the final one failed."""
     real, calls = checkpoint.save_atomically, []
 
     def full(contents):
@@ -154,13 +156,21 @@ def test_a_full_disk_ends_no_run_but_a_failed_last_save_does(short_text, tmp_pat
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (OSError("model_00003.pt came back damaged from the disk (data/1)"), "came back damaged"),
+        (
+            OSError("model_00003.pt was not written correctly: checksum mismatch in data/1"),
+            "checksum mismatch",
+        ),
         (RuntimeError("an illegal memory access\nmore"), "an illegal memory access (free "),
-        (RuntimeError("[enforce fail] . unexpected pos 640 vs 534"), "the file was not written whole (free "),
+        (
+            RuntimeError("[enforce fail] . unexpected pos 640 vs 534"),
+            "the file could not be written completely (free ",
+        ),
     ],
 )
-def test_a_failed_save_says_why(error, reason, short_text, tmp_path, monkeypatch, capsys):
-    """What the disk, the device or torch said, in one line; of torch's words on a full disk the meaning."""
+def test_the_warning_of_a_failed_save_has_the_reason(
+    error, reason, short_text, tmp_path, monkeypatch, capsys
+):
+    """The first line of the error; what torch.save reports of a full disk is translated."""
 
     def fails(contents):
         raise error
@@ -172,11 +182,11 @@ def test_a_failed_save_says_why(error, reason, short_text, tmp_path, monkeypatch
     assert reason in warning
 
 
-def test_a_file_size_limit_is_a_full_disk(short_text, tmp_path):
-    """A file that may not grow is an error of torch.save's own kind: said as such, no traceback."""
+def test_a_file_size_limit_is_reported_like_a_full_disk(short_text, tmp_path):
+    """torch.save raises an error of its own kind: a warning, exit code 1, no traceback, no file left."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        f"sys.path.insert(0, {str(ROOT)!r}); import train_gpt; from utils.errors import run_script\n"
+        f"sys.path.insert(0, {str(ROOT)!r}); import train_gpt; from utils.command_line import run_script\n"
         "sys.exit(run_script(train_gpt.main))"
     )
     flags = ("--data", short_text, "--log-dir", tmp_path, "--max-steps", "4", "--val-every", "0")

@@ -1,14 +1,22 @@
-"""Resumed with other settings or other data: refused where it would be another run, else listed and used."""
+"""Resuming compares all settings: refused, silent, or a warning and the new value."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.small_runs import assert_same_losses, train
-from utils.errors import UserError
+import train_gpt
+from tests.small_runs import RESUMABLE, assert_same_losses, train
+from utils.command_line import UserError, run_script
+from utils.training.resume import BY_CONTENT, HARMLESS, REFUSED, Identity, check_same_run
+from utils.weights.checkpoint import Checkpoint
 
-pytestmark = pytest.mark.usefixtures("no_pictures")  # drawing takes longer than the run
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+SETTINGS: dict[str, Any] = vars(train_gpt.flag.parser.parse_args([]))
 
 
 @pytest.mark.parametrize(
@@ -19,36 +27,118 @@ pytestmark = pytest.mark.usefixtures("no_pictures")  # drawing takes longer than
         (["--seed", "1"], "seed=1337, this run has seed=1"),
         (["--shuffle", "off"], "shuffle=on, this run has shuffle=off"),
         (["--tokenizer", "gpt2", "--n-embd", "16"], "another tokenizer"),
+        (["--seed", "1", "--shuffle", "off"], "seed=1; was made with shuffle=on"),
     ],
 )
-def test_what_would_be_another_run_is_refused(flags, message, stopped_run, short_text):
-    """Every differing key in one message, and nothing is touched."""
+def test_another_model_order_or_tokenizer_is_refused(flags, message, stopped_run, short_text, capsys):
+    """Exit code 2 with all differences in one message, and no file is touched."""
     before = {path.name: path.stat().st_mtime_ns for path in stopped_run.glob("[!.]*.*")}
-    with pytest.raises(UserError, match=message):
-        train(short_text, stopped_run, "--resume", *flags)
+    code = run_script(lambda: train(short_text, stopped_run, "--resume", *flags))
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and "new run in another --log-dir" in error
     assert {path.name: path.stat().st_mtime_ns for path in stopped_run.glob("[!.]*.*")} == before
 
 
 def test_other_data_is_refused(stopped_run, short_text, tmp_path):
-    """Another text of the same length."""
+    """Even another text of the same length, because the content is compared."""
     other = tmp_path / "other.txt"
     other.write_text(short_text.read_text().replace("dog", "cow", 1).replace("cow", "god", 1))
-    with pytest.raises(UserError, match=r"made on other data.*before: sha256 \w+.*; now: sha256 \w+"):
+    with pytest.raises(
+        UserError, match=r"made on other data.*before: sha256 \w+.*; now: sha256 \w+"
+    ) as error:
         train(other, stopped_run, "--resume")
+    assert error.value.exit_code == 2
 
 
 def test_changed_settings_are_listed_and_used(stopped_run, short_text, capsys):
-    """The run goes on with the new values from the windows already trained."""
-    flags = ("--max-lr", "5e-3", "--total-batch-tokens", "128")
+    """The run continues with the new values, at the window after the last one trained."""
+    flags = ("--max-lr", "5e-3", "--total-batch-tokens", "128", "--sample-prompt", "The fox")
     assert train(short_text, stopped_run, "--resume", *flags) == 0
     out = capsys.readouterr().out
-    assert "settings have changed: total_batch_tokens 64 -> 128, max_lr 0.01 -> 0.005" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("warning: settings have changed: ")]
+    for change in ("total_batch_tokens 64 -> 128", "max_lr 0.01 -> 0.005", "language model, -> The fox"):
+        assert change in line
     state = torch.load(stopped_run / "optimizer_00020.pt", weights_only=True)
     assert state["windows"] == 9 * 4 + 11 * 8
     assert state["optimizer"]["param_groups"][0]["lr"] <= 5e-3
 
 
-def test_another_micro_batch_changes_rounding_only(stopped_run, short_text, undisturbed):
-    """The same windows in each step, the losses to 1e-4."""
+def test_harmless_settings_change_silently(stopped_run, short_text, capsys):
+    """Other intervals and another number of checkpoints are used without a warning."""
+    flags = ("--val-every", "10", "--sample-every", "0", "--checkpoint-every", "0", "--keep-checkpoints", "9")
+    assert train(short_text, stopped_run, "--resume", *flags) == 0
+    assert "settings have changed" not in capsys.readouterr().out
+    lines = [line.split()[:2] for line in (stopped_run / "log.txt").read_text().splitlines()]
+    assert [int(step) for step, kind in lines if kind == "val"] == [0, 4, 8, 10, 20]
+
+
+def test_another_micro_batch_changes_rounding_only(stopped_run, short_text, undisturbed, capsys):
+    """The same windows in each step, so the losses agree to 1e-4."""
     assert train(short_text, stopped_run, "--resume", "--micro-batch", "4") == 0
+    assert "settings have changed: micro_batch 2 -> 4; " in capsys.readouterr().out
     assert_same_losses(stopped_run, undisturbed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Every setting
+
+
+def compared(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """The warnings of a resumed run that differs from its checkpoint in nothing but these settings."""
+    checkpoint = Checkpoint(
+        Path("model_00001.pt"),
+        {"config": {"n_layer": 2}},
+        {"train_args": saved, "tokenizer": {"name": "gpt2"}, "data": [], "environment": {}},
+    )
+    return check_same_run(Identity({"n_layer": 2}, current, {"name": "gpt2"}, [], {}), checkpoint)
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "a_new_hyperparameter"])
+def test_every_setting_is_refused_harmless_compared_by_content_or_warns(name):
+    """No setting is overlooked: one that is in no list, also a new one, is reported as old -> new."""
+    settings = {**SETTINGS, "a_new_hyperparameter": 0.5}
+    changed = {**settings, name: "other"}
+    assert compared(settings, settings) == []
+    if name in REFUSED:
+        message = f"was made with {name}={settings[name]}, this run has {name}=other"
+        with pytest.raises(UserError, match=message):
+            compared(settings, changed)
+    elif name in HARMLESS or name in BY_CONTENT:
+        assert compared(settings, changed) == []
+    else:
+        (line,) = compared(settings, changed)
+        assert f"settings have changed: {name} {settings[name]} -> other; " in line
+
+
+def test_the_lists_name_flags_once():
+    """No typing error, no removed flag, and no setting in two lists."""
+    names = (*REFUSED, *BY_CONTENT, *HARMLESS)
+    assert set(names) <= SETTINGS.keys() and len(set(names)) == len(names)
+
+
+def test_what_changes_the_course_of_training_is_never_silent():
+    """The recipe, the numerics and the amount of validation data warn; the order of the data is refused."""
+    assert set(REFUSED) == {"seq_len", "seed", "shuffle"}
+    recipe = ("max_steps", "warmup_steps", "max_lr", "min_lr", "weight_decay", "grad_clip", "skip_spikes")
+    others = ("micro_batch", "total_batch_tokens", "dtype", "compile", "deterministic", "val_tokens")
+    assert not {*recipe, *others} & {*REFUSED, *BY_CONTENT, *HARMLESS}
+    assert {*recipe, *others} <= SETTINGS.keys()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_that_an_old_checkpoint_lacks_is_silent(name):
+    """A checkpoint of a version without this setting resumes without a warning about it."""
+    saved = {key: value for key, value in SETTINGS.items() if key != name}
+    assert compared(saved, SETTINGS) == []
+
+
+def test_a_checkpoint_without_a_setting_resumes_silently(stopped_run, short_text, capsys):
+    """The same in a whole run, with a setting that differs from its default."""
+    path = stopped_run / "optimizer_00009.pt"
+    content = torch.load(path, weights_only=True)
+    del content["train_args"]["max_lr"]
+    torch.save(content, path)
+    assert "--max-lr" in RESUMABLE
+    assert train(short_text, stopped_run, "--resume") == 0
+    out = capsys.readouterr().out
+    assert "model_00009.pt at step 9" in out and "settings have changed" not in out

@@ -1,4 +1,4 @@
-"""A run stopped from outside, by a signal, a kill or a second run: it says so, and can be resumed."""
+"""Runs stopped by a signal or a kill, and a second run in the folder of a running one."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pytest
 
 from tests.conftest import OFFLINE, ROOT
 from tests.small_runs import RESUMABLE, assert_same_run, stop_by_signal_in, train
-from utils.errors import UserError
+from utils.command_line import UserError
 
-pytestmark = pytest.mark.usefixtures("no_pictures")  # drawing takes longer than the run
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def start(text_file: Path, log_dir: Path, *flags: str) -> subprocess.Popen:
-    """Starts the script as a process of its own, in a session of its own; its output is a pipe."""
+    """Starts the script as a process in a session of its own; its output is a pipe."""
     arguments = (*RESUMABLE, "--data", text_file, "--log-dir", log_dir, *flags)
     return subprocess.Popen(
         [sys.executable, ROOT / "train_gpt.py", *arguments],
@@ -32,12 +32,12 @@ def start(text_file: Path, log_dir: Path, *flags: str) -> subprocess.Popen:
     )
 
 
-def wait_for(process: subprocess.Popen, words: str) -> None:
-    """Reads the process's output up to a line with these words."""
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Reads the process's output up to a line that contains `text`."""
     for line in process.stdout:
-        if words in line:
+        if text in line:
             return
-    raise AssertionError(f"{words!r} never came: {process.stderr.read()}")
+    raise AssertionError(f"the process ended before {text!r}: {process.stderr.read()}")
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def wait_for(process: subprocess.Popen, words: str) -> None:
         ("update", signal.SIGINT, 9, 130),
         ("update", signal.SIGUSR1, 17, 143),
         ("evaluate", signal.SIGTERM, 3, 143),
-        ("evaluate", signal.SIGTERM, 6, 143),  # after the last update: what is left is the last evaluation
+        ("evaluate", signal.SIGTERM, 6, 143),  # after the last update: only the last evaluation is left
         ("write_samples", signal.SIGTERM, 2, 143),
-        ("save", signal.SIGTERM, 2, 143),
+        ("save_checkpoint", signal.SIGTERM, 2, 143),
     ],
 )
-def test_a_signal_saves_and_the_resumed_run_is_the_same(
+def test_a_run_stopped_by_a_signal_is_resumed_bitwise(
     name, number, at_call, code, short_text, undisturbed, tmp_path, monkeypatch, capsys
 ):
-    """The last completed step is saved, nothing half is logged, wherever the signal comes."""
+    """Wherever the signal arrives: the last completed step is saved, and no incomplete result is logged."""
     with monkeypatch.context() as patch:
         stop_by_signal_in(patch, name, number, at_call)
         assert train(short_text, tmp_path) == code
@@ -64,8 +64,8 @@ def test_a_signal_saves_and_the_resumed_run_is_the_same(
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_a_process_killed_for_real(short_text, undisturbed, tmp_path):
-    """SIGKILL of the process at step 7, resumed by the same command."""
+def test_a_killed_process_is_resumed_bitwise(short_text, undisturbed, tmp_path):
+    """SIGKILL of a real process at step 7, resumed by the same command."""
     process = start(short_text, tmp_path)
     wait_for(process, "step     7 |")
     process.kill()
@@ -74,19 +74,19 @@ def test_a_process_killed_for_real(short_text, undisturbed, tmp_path):
     out, error = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, error
     assert "resumed" in out
-    # One thread in the child, one here: the same bits.
+    # Bitwise, because both processes use one thread.
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_ctrl_c_saves_and_a_second_one_leaves_at_once(short_text, tmp_path):
-    """The first ends with 130 after saving; the second, a second later, does not wait for anything."""
+def test_ctrl_c_saves_and_a_second_one_exits_at_once(short_text, tmp_path):
+    """The first ends the run with 130 after saving; one more, a second later, exits without saving."""
     process = start(short_text, tmp_path / "a", "--max-steps", "100000")
     wait_for(process, "step     5 |")
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "received SIGINT: saved" in out and "Traceback" not in error
-    # A loop that never polls stands in for a long computation.
+    # A loop that never polls, like a long computation.
     code = (
         "import time, torch\n"
         "from utils.distributed import Distributed\n"
@@ -105,7 +105,7 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(short_text, tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(short_text, tmp_path, capsys):
-    """The message names the holder; a killed holder holds nothing."""
+    """The message names the process that holds the lock; when it is killed the lock is released."""
     process = start(short_text, tmp_path, "--max-steps", "100000")
     wait_for(process, "step     1 |")
     with pytest.raises(UserError, match=f"is in use by pid {process.pid} on host .* since 20"):
@@ -116,8 +116,8 @@ def test_a_second_run_in_the_same_folder_is_refused(short_text, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_chaos(short_text, tmp_path):
-    """A run killed at twenty random instants, wherever it was, ends as if nothing had been."""
+def test_a_run_stopped_at_twenty_random_moments_is_resumed_bitwise(short_text, tmp_path):
+    """By SIGKILL or SIGTERM: logs and weights are those of an uninterrupted run."""
     flags = "--max-steps 600 --checkpoint-every 4 --val-every 7 --sample-every 9 --seed 5".split()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = start(short_text, whole, *flags)
@@ -125,7 +125,7 @@ def test_chaos(short_text, tmp_path):
     rng = random.Random(0)
     for number in range(20):
         process = start(short_text, killed, *flags, "--resume")
-        for _ in range(rng.randrange(1, 40)):  # at least one line, so that every kill is of a live run
+        for _ in range(rng.randrange(1, 40)):  # at least one line: the run has started
             process.stdout.readline()
         time.sleep(rng.random() * 0.05)
         assert process.poll() is None, f"complete after {number} kills: the run is too short for this test"

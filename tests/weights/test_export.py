@@ -1,17 +1,18 @@
-"""Exported models compute the same in transformers, and come back bit for bit."""
+"""Exported models compute the same logits in transformers, and load again bit for bit."""
 
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
 
 from gpt_model import GPT
 from tests.conftest import run, tiny_model
-from utils.errors import Unfinished, UserError
+from utils.command_line import Unfinished, UserError, run_script
 from utils.tokenizer import GPT2Tokenizer
-from utils.weights import export as export_hf
+from utils.weights import export
 from utils.weights.checkpoint import model_content, save_pair
 from utils.weights.pretrained import tokenizer_state_of
 
@@ -20,7 +21,7 @@ IDX = torch.tensor([[50256, 1, 2, 3, 50000, 5, 6, 7]])
 
 @pytest.fixture(scope="module", autouse=True)
 def offline():
-    """transformers must not ask the network for anything."""
+    """transformers must not use the network."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
@@ -28,7 +29,7 @@ def offline():
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """(model with a padded vocabulary, folder that the command made of its checkpoint, what it said)."""
+    """(model with a padded vocabulary, folder to which the command exported its checkpoint, its output)."""
     folder = tmp_path_factory.mktemp("export")
     model = tiny_model(vocab_size=50304)
     content = model_content(model, vars(model.config).copy(), 7, 1.5, {"name": "gpt2"})
@@ -39,7 +40,7 @@ def exported(tmp_path_factory):
 
 
 def test_transformers_computes_our_logits(exported):
-    """AutoModelForCausalLM finds a GPT-2 of 50257 words whose logits are ours to 1e-5."""
+    """AutoModelForCausalLM loads a GPT-2 of 50257 tokens whose logits are ours to 1e-5."""
     from transformers import AutoModelForCausalLM
 
     model, folder, _ = exported
@@ -49,8 +50,8 @@ def test_transformers_computes_our_logits(exported):
     assert (logits - model(IDX)[0][..., :50257]).abs().max() < 1e-5
 
 
-def test_coming_back_changes_no_bit(exported):
-    """GPT.from_pretrained on the folder has our weights, less the padding of the vocabulary."""
+def test_a_round_trip_preserves_every_bit(exported):
+    """GPT.from_pretrained on the folder returns our weights, without the padding of the vocabulary."""
     model, folder, _ = exported
     again = GPT.load(folder)
     assert again.config.vocab_size == 50257 and again.config.block_size == model.config.block_size
@@ -61,14 +62,14 @@ def test_coming_back_changes_no_bit(exported):
     assert again.transformer.wte.weight is again.lm_head.weight
 
 
-def test_autotokenizer_reads_as_we_do(exported):
-    """The same ids for many scripts, white space and the special token; decoding gives the text back."""
+def test_autotokenizer_encodes_as_ours_does(exported):
+    """The same ids for many scripts, white space and the special token; decoding returns the text."""
     from transformers import AutoTokenizer
 
     _, folder, _ = exported
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = "Hello,  world!\n\n  It's 1234 o'clock; na\u00efve \u65e5\u672c\u8a9e \U0001f600 \u00a0 x\t\r\n "
-    text += open(export_hf.__file__, encoding="utf-8").read()
+    text += open(export.__file__, encoding="utf-8").read()
     ids = GPT2Tokenizer().encode(text).tolist()
     assert tokenizer(text)["input_ids"] == ids
     assert tokenizer.decode(ids) == text
@@ -76,31 +77,32 @@ def test_autotokenizer_reads_as_we_do(exported):
     assert len(tokenizer) == 50257
 
 
-@pytest.mark.parametrize(("word", "name"), [("[PAD]", "gpt2"), ("[header]", "folder")])
-def test_words_added_to_gpt2s_count_where_text_has_them(word, name, exported, tmp_path):
-    """One for padding leaves the folder GPT-2's; a mark of WikiHow's makes other ids of HellaSwag."""
+@pytest.mark.parametrize(("token", "name"), [("[PAD]", "gpt2"), ("[header]", "folder")])
+def test_an_added_token_matters_if_hellaswag_contains_it(token, name, exported, tmp_path):
+    """A padding token leaves the tokenizer GPT-2's; one that occurs in WikiHow's texts changes their ids."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported[1])
-    tokenizer.add_tokens([word])
+    tokenizer.add_tokens([token])
     tokenizer.save_pretrained(tmp_path)
     assert tokenizer_state_of(tmp_path) == {"name": name}
 
 
-def test_the_command_says_what_it_made_and_checked(exported):
-    """Files, cut padding and the measured difference; nothing but the folder is left behind."""
-    _, folder, said = exported
-    assert "47 padding rows of the vocabulary cut" in said and "largest difference of the logits" in said
+def test_the_command_reports_what_it_wrote_and_verified(exported):
+    """Files, removed padding and the measured difference; nothing but the folder is left behind."""
+    _, folder, output = exported
+    assert "47 padding rows of the vocabulary removed" in output
+    assert "largest difference to the logits of transformers: " in output
     names = {path.name for path in folder.iterdir()}
     assert names >= {"config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json"}
     assert {path.suffix for path in folder.parent.iterdir()} == {".pt", ""}
     assert not list(folder.parent.glob(".*"))
 
 
-def test_a_character_model_gets_its_vocabulary(tmp_path, capsys):
-    """characters.json maps each character to its id, one line says so, and the way back brings it along."""
+def test_a_character_model_is_exported_with_its_vocabulary(tmp_path, capsys):
+    """characters.json maps each character to its id, a line reports it, and loading the folder reads it."""
     model = tiny_model(vocab_size=4)
     model.tokenizer_state = {"name": "char", "characters": "\nab\u00e9"}
-    assert export_hf.export(model, tmp_path / "out") < 1e-9
+    assert export.export(model, tmp_path / "out") < 1e-9
     characters = json.loads((tmp_path / "out" / "characters.json").read_text(encoding="utf-8"))
     assert characters == {"\n": 0, "a": 1, "b": 2, "\u00e9": 3}
     assert "characters.json: ids of a character model" in capsys.readouterr().out
@@ -114,44 +116,59 @@ def test_a_character_model_gets_its_vocabulary(tmp_path, capsys):
             GPT.load(tmp_path / "out")
 
 
-def test_wrong_weights_are_no_success(tmp_path, monkeypatch):
-    """If transformers computes something else, the command fails and no folder of that name exists."""
-    model, whole = tiny_model(vocab_size=50257), export_hf.hugging_face_weights
+def test_different_logits_fail_the_export(tmp_path, monkeypatch):
+    """If transformers computes something else, the command fails and leaves no folder."""
+    model, correct = tiny_model(vocab_size=50257), export.hugging_face_weights
 
-    def swapped(model, num_words):
-        weights = whole(model, num_words)
+    def swapped(model, vocab_size):
+        weights = correct(model, vocab_size)
         first, second = (f"transformer.h.{layer}.ln_1.bias" for layer in (0, 1))
         return {**weights, first: weights[second], second: weights[first]}
 
-    monkeypatch.setattr(export_hf, "hugging_face_weights", swapped)
+    monkeypatch.setattr(export, "hugging_face_weights", swapped)
     with pytest.raises(Unfinished, match="logits differ by"):
-        export_hf.export(model, tmp_path / "out")
+        export.export(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path):
-    """A folder that holds something, and a file, are refused before anything is written."""
+    """A folder that is not empty, and a file, are refused before anything is written."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
     for taken in (tmp_path / "out", tmp_path / "out" / "mine.txt"):
         with pytest.raises(UserError, match="exists and is not an empty folder"):
-            export_hf.export(tiny_model(), taken)
+            export.export(tiny_model(), taken)
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no file size limits")
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    """A limit on file sizes stands for it; safetensors raises a type of its own."""
+    import resource
+
+    model = tiny_model(vocab_size=4)
+    model.tokenizer_state = {"name": "char", "characters": "abcd"}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*out: .*File too large"):
+            export.export(model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("package", ["transformers", "safetensors"])
 def test_a_missing_package_is_named(package, tmp_path, monkeypatch):
-    """Before anything is written."""
-    monkeypatch.setattr(export_hf, "find_spec", lambda name: None if name == package else name)
+    """The error names it before anything is written."""
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == package else name)
     with pytest.raises(UserError, match=f"{package} is not installed"):
-        export_hf.export(tiny_model(), tmp_path / "out")
+        export.export(tiny_model(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_checkpoint_is_two_lines(tmp_path, capsys):
-    """Exit code 2 with a hint."""
-    from utils.errors import run_script
-
-    assert run_script(lambda: export_hf.main([str(tmp_path / "none.pt"), str(tmp_path / "out")])) == 2
+def test_a_missing_checkpoint_is_an_error_of_two_lines(tmp_path, capsys):
+    """Exit code 2, with a hint."""
+    assert run_script(lambda: export.main([str(tmp_path / "none.pt"), str(tmp_path / "out")])) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[0].startswith("error: no checkpoint at") and error[1].startswith("hint: ")

@@ -1,4 +1,4 @@
-"""Checkpoints of nanoGPT and build-nanogpt load wherever ours do; what is not safe is refused in words."""
+"""Checkpoints of nanoGPT and build-nanogpt load wherever ours do; unsafe ones are refused with a reason."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from generate import main as generate
 from gpt_model import GPT, GPTConfig
 from tests.conftest import OFFLINE, tiny_model
-from utils.errors import UserError
-from utils.weights.checkpoint import load_model_file, load_pair
+from utils.command_line import UserError
+from utils.weights.checkpoint import load_model_file, load_pair, model_content, save_pair
 
 IDX = torch.tensor([[1, 2, 3, 4, 5]])
 
 
 def nanogpt_content(model: GPT, prefix: str = "_orig_mod.", **model_args) -> dict:
-    """What nanoGPT's train.py saves, for our weights under its names."""
+    """What nanoGPT's train.py saves, with our weights under its names."""
     sizes = dataclasses.asdict(model.config)
     return {
         "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
@@ -47,11 +47,11 @@ def save_build_nanogpt(model: GPT, path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
-def test_a_nanogpt_checkpoint_computes_what_it_computed(tmp_path, prefix, capsys):
-    """Compiled or not, weights arrive under plain names; step, loss and tokenizer come along."""
+def test_a_nanogpt_checkpoint_gives_the_same_logits(tmp_path, prefix, capsys):
+    """Whatever wrapped the model, weights get their plain names; step, loss and tokenizer are read too."""
     model = tiny_model(vocab_size=50304)
     content = nanogpt_content(model, prefix)
-    content["model"][prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # an old version's mask
+    content["model"][prefix + "transformer.h.0.attn.bias"] = torch.ones(1, 1, 16, 16)  # a stored causal mask
     torch.save(content, tmp_path / "ckpt.pt")
     again = GPT.load(tmp_path / "ckpt.pt").eval()
     assert torch.equal(again(IDX)[0], model(IDX)[0])
@@ -61,8 +61,8 @@ def test_a_nanogpt_checkpoint_computes_what_it_computed(tmp_path, prefix, capsys
     assert "compute GELU exactly" in capsys.readouterr().out
 
 
-def test_nanogpt_without_biases_gets_zeros(tmp_path):
-    """bias=False leaves all biases out of the file; the model computes as if they were zero."""
+def test_missing_biases_of_nanogpt_become_zeros(tmp_path):
+    """With bias=False the file has no biases; zeros give the same logits."""
     model = tiny_model(vocab_size=50257)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,16 +75,16 @@ def test_nanogpt_without_biases_gets_zeros(tmp_path):
     assert torch.equal(again(IDX)[0], model(IDX)[0])
 
 
-def test_nanogpts_characters_come_from_its_meta_file(tmp_path, capsys):
-    """A vocabulary that is not GPT-2's is explained by meta.pkl beside it: text can be sampled."""
+def test_nanogpts_characters_are_read_from_its_meta_file(tmp_path, capsys):
+    """A vocabulary that is not GPT-2's is read from meta.pkl beside the checkpoint: text can be sampled."""
     characters = "\n abcdefg"
     torch.save(nanogpt_content(tiny_model(vocab_size=len(characters))), tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="has 9 words, which is not GPT-2's") as caught:
+    with pytest.raises(UserError, match="has a vocabulary of 9 tokens, which is not GPT-2's") as caught:
         GPT.from_checkpoint(tmp_path / "ckpt.pt")
     assert "meta.pkl" in caught.value.hint
     for damaged in (b"no pickle", pickle.dumps({"itos": ["a"]}), pickle.dumps(7)):
         (tmp_path / "meta.pkl").write_bytes(damaged)
-        with pytest.raises(UserError, match="does not name them"):
+        with pytest.raises(UserError, match="does not list them"):
             GPT.from_checkpoint(tmp_path / "ckpt.pt")
     meta = {
         "vocab_size": 9,
@@ -98,7 +98,7 @@ def test_nanogpts_characters_come_from_its_meta_file(tmp_path, capsys):
 
 
 def test_code_in_a_meta_file_is_refused(tmp_path):
-    """The vocabulary's file is read as plain values: a command in it does not run."""
+    """meta.pkl is read as plain values: a command in it does not run."""
 
     class Evil:
         def __reduce__(self):
@@ -111,49 +111,53 @@ def test_code_in_a_meta_file_is_refused(tmp_path):
     assert not (tmp_path / "PWNED").exists()
 
 
-def test_build_nanogpt_is_refused_and_the_hint_converts_it(tmp_path):
-    """Its pickled config is named, and the hint's command, run as it stands, makes a file that loads."""
-    model, path = tiny_model(vocab_size=50304), tmp_path / "model_19072.pt"
+@pytest.mark.parametrize("name", ["model_19072.pt", "a `touch PWNED`.pt", "it's $HOME.pt"])
+def test_build_nanogpt_is_refused_and_the_hint_converts_it(name, tmp_path):
+    """The error names its pickled config, and the hint's command, run unchanged, writes a file that loads.
+
+    No character of the file's name has a meaning for the shell.
+    """
+    model, path = tiny_model(vocab_size=50304), tmp_path / name
     save_build_nanogpt(model, path)
     with pytest.raises(UserError, match="refusing to load .*__main__.GPTConfig") as caught:
         GPT.load(path)
     assert caught.value.exit_code == 2 and "weights_only=False" not in caught.value.hint
-    command = shlex.split(caught.value.hint.partition(": ")[2])
-    done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, env=OFFLINE)
+    command = caught.value.hint.partition("convert it: python ")[2]
+    command = f"{shlex.quote(sys.executable)} {command}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=OFFLINE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    plain = tmp_path / "model_19072_plain.pt"
+    plain = path.with_name(f"{path.stem}_plain.pt")
     assert torch.equal(GPT.load(plain).eval()(IDX)[0], model(IDX)[0])
     assert load_model_file(plain)["step"] == 19072 and load_model_file(plain)["val_loss"] == 3.05
+    assert sorted(tmp_path.iterdir()) == sorted([path, plain])
 
 
 def test_a_foreign_checkpoint_cannot_be_resumed_from(tmp_path):
-    """It has no optimizer of ours: --resume says so instead of starting from nothing."""
+    """It has no optimizer file: --resume is an error, not a fresh start."""
     torch.save(nanogpt_content(tiny_model(vocab_size=50257)), tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         load_pair(tmp_path / "ckpt.pt")
 
 
 @pytest.mark.parametrize("broken", [{"n_head": None}, {"n_layer": "2"}])
-def test_incomplete_sizes_are_no_checkpoint(tmp_path, broken):
-    """A file without the five numbers is called what it is."""
+def test_a_file_with_incomplete_sizes_is_not_a_checkpoint(tmp_path, broken):
+    """All five sizes must be whole numbers."""
     torch.save(nanogpt_content(tiny_model(vocab_size=50257), **broken), tmp_path / "ckpt.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         GPT.from_checkpoint(tmp_path / "ckpt.pt")
 
 
 def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
-    """One layer fewer than its sizes say: two lines that name what is missing."""
+    """A file with fewer layers than its config: the error names a missing weight."""
     content = nanogpt_content(tiny_model(vocab_size=50257))
     content["model"] = {name: tensor for name, tensor in content["model"].items() if ".h.1." not in name}
     torch.save(content, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match=r"weights of its config: Missing key.*transformer.h.1"):
+    with pytest.raises(UserError, match=r"weights do not match the config: Missing key.*transformer.h.1"):
         GPT.from_checkpoint(tmp_path / "ckpt.pt")
 
 
-def test_our_own_checkpoints_are_no_foreign_ones(tmp_path):
-    """They come back untouched, also with a vocabulary of characters."""
-    from utils.weights.checkpoint import model_content, save_pair
-
+def test_our_own_checkpoints_are_not_converted(tmp_path):
+    """Their content is returned unchanged, also with a vocabulary of characters."""
     model = tiny_model()
     content = model_content(
         model, dataclasses.asdict(model.config), 7, None, {"name": "char", "characters": "ab"}

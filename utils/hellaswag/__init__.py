@@ -1,1 +1,1 @@
-"""HellaSwag's files, examples and results."""
+"""HellaSwag's files, tokenization and results; the scoring itself is in eval_hellaswag.py."""

@@ -1,41 +1,50 @@
-"""The text files of a corpus, and how each is cut into parts that processes can read on their own.
+"""The text files of a corpus, and how each is divided into parts that processes can read independently.
 
 What a document is:
     .parquet            a row; its text is the column `--text-field`
     .jsonl, .jsonl.gz   a line that is not blank; its text is the field of that name
-    .txt                the whole file, or what lies between lines that read <|endoftext|>, unless blank
+    .txt                the whole file, or the text between lines that read <|endoftext|>, unless blank
 
-A part is a few megabytes: rows of parquet, lines of jsonl, or a stretch of a text file that starts at white
-space behind a word, where GPT-2's tokenizer always parts the text, so that the tokens are those of the whole
-document. A position in a file counts rows of parquet, bytes of .jsonl and .txt, lines of .jsonl.gz.
+A part is a few megabytes: rows of parquet, lines of jsonl, or a section of a text file that starts at white
+space after a word, where GPT-2's pattern always splits the text, so that the tokens are those of the whole
+document. Positions in a file count rows of parquet, bytes of .jsonl and .txt, lines of .jsonl.gz.
 """
 
-from __future__ import annotations
-
 import codecs
-import glob
 import gzip
-import hashlib
 import json
 import re
 import zlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from utils.errors import UserError
+from utils.command_line import UserError
+from utils.tokenizer import END_OF_TEXT
 
-PART_BYTES = 4 << 20  # text in a part: large enough to hide the cost of handing it over, small in memory
-ROW_GROUP_BYTES = 32 << 20  # a larger row group is read by one process, which hands out its rows
-PROBE_BYTES = 1 << 16  # of either end of a file, for its fingerprint
+PART_BYTES = 4 << 20  # text per part: large enough to hide the cost of sending it to a process
+ROW_GROUP_BYTES = 32 << 20  # a larger row group is read by the parent process, a few rows at a time
+SEARCH_BYTES = 1 << 16  # read at a time in search of a place to cut
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".txt": "text"}
-# A byte that is no white space, before one that is. A '>' might end the separator line, so it does not count.
-SAFE_CUT = re.compile(rb"(?:[!-=?-~]|[\xe4-\xe9][\x80-\xbf]{2}|\xe3\x80[\x81-\xbf])(?=[ \t\r\n])")
-SEPARATOR_LINE = re.compile(r"^<\|endoftext\|>\r?(?:\n|\Z)", re.MULTILINE)
+# A part may end after these. Text: a character that is not white space, before white space; '>' might end a
+# separator line and does not count.
+CUT_AFTER = {
+    "jsonl": re.compile(rb"\n"),
+    "text": re.compile(rb"(?:[!-=?-~]|[\xe4-\xe9][\x80-\xbf]{2}|\xe3\x80[\x81-\xbf])(?=[ \t\r\n])"),
+}
+SEPARATOR_LINE = re.compile(rf"^{re.escape(END_OF_TEXT)}\r?(?:\n|\Z)", re.MULTILINE)
+
+# Rough rates for the estimate before a build: file size by kind, and FineWeb-Edu's length of documents.
+BYTES_PER_TOKEN = {"parquet": 2.9, "jsonl": 4.5, "jsonl.gz": 1.7, "text": 4.5}
+TOKENS_PER_DOCUMENT = 1030
 
 
 class Position(NamedTuple):
-    """Where the next token of a corpus comes from: file, position in it, tokens to leave out after that."""
+    """Where the next token of a corpus is: file, position in it, number of tokens to skip after that."""
 
     file: int = 0
     start: int = 0
@@ -43,226 +52,154 @@ class Position(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A stretch of one file.
-
-    start, stop: positions in the file.
-    data: its content where only the parent process can read on from here, else None.
-    """
+    """A section of one file; `start` and `stop` are positions in it."""
 
     file: int
     path: Path
     kind: str
     start: int
     stop: int
-    data: bytes | None = None
+    data: bytes | None = None  # its content if only the parent process can read it
+
+    @property
+    def continues_document(self) -> bool:
+        """Whether its first text continues the last document of the part before."""
+        return self.kind == "text" and self.start > 0
 
 
-class LocalFiles:
-    """Files on this machine's disk.
+Span = tuple[int, int, bytes | None]  # start, stop and data of a Part
 
-    Args:
-        paths: in the order of the documents.
-    """
 
-    def __init__(self, paths: list[Path]):
-        self.paths = paths
-        self.kinds = [kind_of(path) for path in paths]
+class DocumentSource(Protocol):
+    """The files of a corpus, in order: `LocalFiles`, or `HubFiles` of utils/shards/hub.py."""
+
+    kinds: list[str]  # the kind of each file, a value of KINDS
 
     def __len__(self) -> int:
-        return len(self.paths)
+        """Number of files."""
 
     def path(self, index: int) -> Path:
-        return self.paths[index]
+        """File number `index` on this machine's disk, downloaded first if necessary."""
 
-    def describe(self) -> dict:
-        """What identifies the input, as plain values: other files may not continue a build."""
-        return {"kind": "files", "files": [_fingerprint(path) for path in self.paths]}
+    def describe(self) -> dict[str, Any]:
+        """Plain values that identify the input: a build continues only with the same ones."""
 
-
-def kind_of(path: Path) -> str:
-    """Which sort of file this is. Raises UserError for one that cannot be read as documents."""
-    for suffix, kind in KINDS.items():
-        if path.name.lower().endswith(suffix):
-            return kind
-    raise UserError(f"{path} is no corpus file (expected {', '.join(KINDS)})", "convert it or leave it out")
+    def estimate(self, text_field: str) -> tuple[int, int]:
+        """Rough numbers of tokens and documents. Raises UserError if a local file cannot be used."""
 
 
-def find_files(arguments: list[str]) -> list[Path]:
-    """The files that `--input` names: files, globs, or folders, in the order given, sorted within each.
-
-    Raises UserError for a name that leads nowhere and for empty files.
-    """
-    found: dict[Path, Path] = {}  # resolved -> as given; a file named twice counts once
-    for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            matches = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.name.lower().endswith(tuple(KINDS))
-                and not any(name.startswith(".") for name in file.relative_to(path).parts)
-            ]
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = [Path(name) for name in sorted(glob.glob(argument, recursive=True))]
-        matches = [match for match in matches if match.is_file()]
-        if not matches:
-            raise UserError(
-                f"--input {argument}: no such file", f"give files, globs or folders: {', '.join(KINDS)}"
-            )
-        for match in matches:
-            found.setdefault(match.resolve(), match)
-    for path in found.values():
-        kind_of(path)
-        if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty (0 bytes)", "leave it out of --input")
-    return list(found.values())
+@contextmanager
+def _read_errors(path: Path) -> Iterator[None]:
+    """Turns what Python and pyarrow raise for a damaged file into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}", "is the file complete? copy it again") from error
 
 
-def _fingerprint(path: Path) -> list:
-    """Name, bytes, and SHA-256 of both ends: enough to notice another file without reading all of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        digest.update(file.read(PROBE_BYTES))
-        file.seek(max(0, size - PROBE_BYTES))
-        digest.update(file.read(PROBE_BYTES))
-    return [path.name, size, digest.hexdigest()]
+def parts_from(source: DocumentSource, text_field: str, position: Position) -> Iterator[Part]:
+    """The parts of a corpus in order, starting with one that begins at `position`.
 
-
-def parts_from(source, text_field: str, position: Position) -> Iterator[Part]:
-    """The parts of a corpus in order, from the one that starts at `position` on.
-
-    Args:
-        source: LocalFiles, or HubFiles, which downloads a file when its turn comes.
-        text_field: column of parquet files.
-
-    Raises:
-        UserError: a damaged file; a parquet file without that column.
+    Raises UserError for a damaged file, or a parquet file without the column `text_field`.
     """
     for index in range(position.file, len(source)):
         path, kind = source.path(index), source.kinds[index]
         start = position.start if index == position.file else 0
-        for part in _parts_of_file(path, kind, text_field, start):
-            yield part._replace(file=index)
+        with _read_errors(path):
+            if kind == "parquet":
+                spans = _parquet_spans(path, text_field, start)
+            elif kind == "jsonl.gz":
+                spans = _gzip_spans(path, start)
+            else:
+                spans = _byte_spans(path, CUT_AFTER[kind], start)
+            for span in spans:
+                yield Part(index, path, kind, *span)
 
 
-def _parts_of_file(path: Path, kind: str, text_field: str, start: int) -> Iterator[Part]:
-    try:
-        if kind == "parquet":
-            yield from _parquet_parts(path, text_field, start)
-        elif kind == "jsonl.gz":
-            yield from _gzip_parts(path, start)
-        else:
-            find_cut = _after_line if kind == "jsonl" else _at_safe_cut
-            size = path.stat().st_size
-            with open(path, "rb") as file:
-                while start < size:
-                    stop = min(find_cut(file, start + PART_BYTES), size)
-                    yield Part(0, path, kind, start, stop)
-                    start = stop
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}", "is the file whole? copy it once more") from error
+def _byte_spans(path: Path, cut_after: re.Pattern[bytes], start: int) -> Iterator[Span]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        while start < size:
+            stop = min(_find_cut(file, cut_after, start + PART_BYTES), size)
+            yield start, stop, None
+            start = stop
 
 
-def _after_line(file, target: int) -> int:
-    """The first position after `target` - 1 that follows a newline, or the end of the file."""
-    file.seek(target - 1)
-    file.readline()
+def _find_cut(file: BinaryIO, cut_after: re.Pattern[bytes], target: int) -> int:
+    """The end of the first match from `target` on, or the end of the file."""
+    file.seek(target)
+    window = b""
+    while more := file.read(SEARCH_BYTES):
+        window = window[-3:] + more  # a match may span two reads
+        if match := cut_after.search(window):
+            return file.tell() - len(window) + match.end()
     return file.tell()
 
 
-def _at_safe_cut(file, target: int) -> int:
-    """The first position after `target` where a text may be cut without changing a token, or the end."""
-    file.seek(target)
-    window = b""
-    while True:
-        more = file.read(PROBE_BYTES)
-        window = window[-3:] + more  # a match may lie across two reads
-        match = SAFE_CUT.search(window)
-        if match:
-            return file.tell() - len(window) + match.end()
-        if not more:
-            return file.tell()
-
-
-def _gzip_parts(path: Path, start: int) -> Iterator[Part]:
-    """Lines of a compressed file. Only from its beginning can it be read, so the parent does so."""
+def _gzip_spans(path: Path, start: int) -> Iterator[Span]:
+    """Lines of a compressed file. It can only be read from its beginning, so the parent process does so."""
     line = 0
     with gzip.open(path, "rb") as file:
-        while True:
-            data = file.read(PART_BYTES)
-            if not data:
-                return
+        while data := file.read(PART_BYTES):
             data += file.readline()
             stop = line + data.count(b"\n") + (not data.endswith(b"\n"))
             if line < start < stop:
                 data = data.split(b"\n", start - line)[-1]
             if stop > start:
-                yield Part(0, path, "jsonl.gz", max(line, start), stop, data)
+                yield max(line, start), stop, data
             line = stop
 
 
-def _parquet_parts(path: Path, text_field: str, start: int) -> Iterator[Part]:
-    """Row groups: several in a part if they are small, one in several parts if it is large."""
+def _parquet_spans(path: Path, text_field: str, start: int) -> Iterator[Span]:
+    """Rows of consecutive row groups, up to PART_BYTES; a large row group in several spans."""
     file = open_parquet(path, text_field)
     column = [file.schema.column(i).path for i in range(len(file.schema))].index(text_field)
-    first_row = pending_start = start
-    pending_bytes = row = 0
+    rows = _row_starts(file)
+    num_bytes = 0  # of the rows from `start` up to the row group
     for group in range(file.num_row_groups):
-        metadata = file.metadata.row_group(group)
-        next_row = row + metadata.num_rows
-        size = metadata.column(column).total_uncompressed_size
-        if next_row > first_row:
-            large = size > ROW_GROUP_BYTES or row < first_row  # or the position is inside the group
-            if pending_bytes and (large or pending_bytes + size > PART_BYTES):
-                yield Part(0, path, "parquet", pending_start, row)
-                pending_bytes = 0
-            if large:
-                rows = max(1, metadata.num_rows * PART_BYTES // max(1, size))
-                yield from _row_group_parts(path, text_field, group, row, first_row, rows)
-                pending_start = next_row
-            else:
-                pending_start = pending_start if pending_bytes else row
-                pending_bytes += max(1, size)
-        row = next_row
-    if pending_bytes:
-        yield Part(0, path, "parquet", pending_start, row)
+        if rows[group + 1] <= start:
+            continue
+        size = file.metadata.row_group(group).column(column).total_uncompressed_size
+        if start < rows[group] and num_bytes + size > PART_BYTES:
+            yield start, rows[group], None
+            start, num_bytes = rows[group], 0
+        num_bytes += size
+        if size > ROW_GROUP_BYTES:
+            # The parent reads it, a few rows at a time: no process ever holds all of it.
+            num_rows = max(1, (rows[group + 1] - rows[group]) * PART_BYTES // size)
+            row = rows[group]
+            for batch in file.iter_batches(num_rows, row_groups=[group], columns=[text_field]):
+                row += batch.num_rows
+                if row > start:
+                    batch = batch.slice(max(0, batch.num_rows - (row - start)))
+                    yield row - batch.num_rows, row, _to_bytes(batch)
+            start, num_bytes = row, 0
+    if start < rows[-1]:
+        yield start, rows[-1], None
 
 
-def _row_group_parts(
-    path: Path, text_field: str, group: int, row: int, first_row: int, rows: int
-) -> Iterator[Part]:
+def _to_bytes(batch: Any) -> bytes:
+    """A batch of rows in Arrow's stream format."""
     import pyarrow as pa
 
-    for batch in open_parquet(path, text_field).iter_batches(rows, row_groups=[group], columns=[text_field]):
-        stop = row + batch.num_rows
-        if stop > first_row:
-            batch = batch.slice(max(0, first_row - row))
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_stream(sink, batch.schema) as writer:
-                writer.write_batch(batch)
-            yield Part(0, path, "parquet", stop - batch.num_rows, stop, sink.getvalue().to_pybytes())
-        row = stop
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
 
 
-def open_parquet(path: Path, text_field: str):
-    """pyarrow's ParquetFile. Raises UserError if it is none or lacks the column."""
+def open_parquet(path: Path, text_field: str) -> Any:
+    """pyarrow's ParquetFile. Raises UserError if the file is damaged or has no such column of strings."""
     try:
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(
-            f"pyarrow cannot be used: {error}", "pip install -U pyarrow, or use .jsonl"
-        ) from error
-    try:
-        # Buffered: without it a whole column of a row group comes into memory at once.
+        raise UserError(f"cannot import pyarrow: {error}", "pip install -U pyarrow, or use .jsonl") from error
+    with _read_errors(path):
+        # Buffered: otherwise a whole column of a row group is read into memory at once.
         file = pq.ParquetFile(path, buffer_size=1 << 20)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a parquet file: {error}", "is it whole? copy it once more") from error
-    names, hint = file.schema_arrow.names, "name the one that holds the text: --text-field NAME"
+    names, hint = file.schema_arrow.names, "name the column that contains the text: --text-field NAME"
     if text_field not in names:
         raise UserError(f"{path}: no column {text_field!r} (found {', '.join(names)})", hint)
     found = str(file.schema_arrow.field(text_field).type)
@@ -271,34 +208,30 @@ def open_parquet(path: Path, text_field: str):
     return file
 
 
-class Documents(NamedTuple):
-    """What a part holds. `continues`: the first text goes on with the document of the part before."""
-
-    texts: list[str]
-    continues: bool = False
+def _row_starts(file: Any) -> list[int]:
+    """The number of the first row of each row group, and the number of rows."""
+    return [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
 
 
-def read_documents(part: Part, text_field: str) -> Documents:
-    """Reads a part.
+def read_documents(part: Part, text_field: str) -> list[str]:
+    """The texts of a part, one per document.
 
-    Raises:
-        UserError: text that is no UTF-8, a line that is no JSON, a missing or empty field; with its place.
+    Raises UserError that names the place of text that is not UTF-8, a line that is not JSON, a missing field.
     """
-    if part.kind == "parquet":
-        return Documents(_parquet_texts(part, text_field))
-    data = part.data
-    if data is None:
-        with open(part.path, "rb") as file:
-            file.seek(part.start)
-            data = file.read(part.stop - part.start)
+    with _read_errors(part.path):
+        if part.kind == "parquet":
+            return _parquet_texts(part, text_field)
+        data = part.data
+        if data is None:
+            with open(part.path, "rb") as file:
+                file.seek(part.start)
+                data = file.read(part.stop - part.start)
     if part.start == 0:
-        data = data[3:] if data.startswith(codecs.BOM_UTF8) else data
+        data = data.removeprefix(codecs.BOM_UTF8)
     if part.kind == "text":
         return _text_documents(part, data)
     lines = data.split(b"\n")
-    return Documents(
-        [_json_text(part, i, lines[i], text_field) for i in range(len(lines)) if lines[i].strip()]
-    )
+    return [_json_text(part, i, line, text_field) for i, line in enumerate(lines) if line.strip()]
 
 
 def _parquet_texts(part: Part, text_field: str) -> list[str]:
@@ -308,52 +241,45 @@ def _parquet_texts(part: Part, text_field: str) -> list[str]:
         table = pa.ipc.open_stream(part.data).read_all()
     else:
         file = open_parquet(part.path, text_field)
-        groups, row = [], 0
-        for group in range(file.num_row_groups):
-            if part.start <= row < part.stop:
-                groups.append(group)
-            row += file.metadata.row_group(group).num_rows
-        try:
-            table = file.read_row_groups(groups, columns=[text_field], use_threads=False)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {part.path}: {error}", "is it whole? copy it once more") from error
+        rows = _row_starts(file)
+        groups = range(bisect_right(rows, part.start) - 1, bisect_left(rows, part.stop))
+        table = file.read_row_groups(list(groups), columns=[text_field], use_threads=False)
+        table = table.slice(part.start - rows[groups[0]], part.stop - part.start)
     column = table.column(text_field)
     if column.null_count:
         row = part.start + column.is_null().to_pylist().index(True)
-        raise UserError(
-            f"{part.path}: row {row} has no {text_field!r} (null)",
-            "drop such rows, or give another --text-field",
-        )
+        what = f"{part.path}: row {row} has no {text_field!r} (null)"
+        raise UserError(what, "remove such rows, or give another --text-field")
     try:
         return column.to_pylist()
     except UnicodeDecodeError as error:
-        rows = f"rows {part.start} to {part.stop - 1}"
-        raise UserError(f"{part.path}: {rows}: a text is not UTF-8 ({error})", "mend or drop it") from error
+        problem = f"{part.path}: rows {part.start} to {part.stop - 1}: a text is not UTF-8 ({error})"
+        raise UserError(problem, "correct or remove it") from error
 
 
 def _json_text(part: Part, line: int, data: bytes, text_field: str) -> str:
-    """The text of one line of jsonl; `line` counts from the part's first."""
+    """The text of one line of jsonl; `line` counts from the first line of the part."""
     try:
         record = json.loads(data.decode("utf-8"))
-        problem = None if isinstance(record, dict) else f"{type(record).__name__} (expected an object)"
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested too deeply
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         problem = f"not JSON: {error}"
-    if problem is None:
-        text = record.get(text_field)
-        if isinstance(text, str):
+    else:
+        if not isinstance(record, dict):
+            problem = f"{type(record).__name__} (expected an object)"
+        elif isinstance(text := record.get(text_field), str):
             return text
-        found = (
-            f"{type(text).__name__} in it" if text_field in record else f"found {', '.join(record) or 'none'}"
-        )
-        problem = f"no text in field {text_field!r} ({found})"
-    number = 1 + line + part.start
-    if part.kind == "jsonl":  # there a position is a byte
-        number = 1 + line + _count_lines(part.path, part.start)
-    raise UserError(f"{part.path}:{number}: {problem}", "mend or drop the line, or give another --text-field")
+        elif text_field in record:
+            problem = f"{type(text).__name__} in field {text_field!r} (expected a string)"
+        else:
+            problem = f"no field {text_field!r} (found {', '.join(record) or 'none'})"
+    # A position in .jsonl is a byte, one in .jsonl.gz is a line.
+    lines_before = _count_lines(part.path, part.start) if part.kind == "jsonl" else part.start
+    hint = "correct or remove the line, or give another --text-field"
+    raise UserError(f"{part.path}:{lines_before + line + 1}: {problem}", hint)
 
 
 def _count_lines(path: Path, stop: int) -> int:
-    """Newlines before a byte of a file."""
+    """Number of newlines before byte `stop` of a file."""
     count = 0
     with open(path, "rb") as file:
         while file.tell() < stop:
@@ -361,21 +287,15 @@ def _count_lines(path: Path, stop: int) -> int:
     return count
 
 
-def _text_documents(part: Part, data: bytes) -> Documents:
-    """A stretch of a text file, cut at lines that read <|endoftext|>.
-
-    A part never starts or ends beside such a line, so its first text goes on with a document unless the file
-    starts there.
-    """
+def _text_documents(part: Part, data: bytes) -> list[str]:
+    """A section of a text file, cut at lines that read <|endoftext|>; a part never starts or ends at one."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         offset = part.stop - len(data) + error.start
-        raise UserError(
-            f"{part.path}: byte 0x{data[error.start]:02x} at offset {offset} is not UTF-8",
-            f"convert it: iconv -f latin1 -t utf-8 {part.path} > utf8.txt",
-        ) from error
-    texts = SEPARATOR_LINE.split(text)
-    continues = part.start > 0
-    kept = [text for i, text in enumerate(texts) if text.strip() or (continues and i == 0)]
-    return Documents(kept, continues)
+        what = f"{part.path}: byte 0x{data[error.start]:02x} at offset {offset} is not UTF-8"
+        raise UserError(what, f"convert it: iconv -f latin1 -t utf-8 {part.path} > utf8.txt") from error
+    first, *others = SEPARATOR_LINE.split(text)
+    # Blank texts are not documents, but a blank continuation belongs to the document before.
+    kept = [first] if first.strip() or part.continues_document else []
+    return kept + [text for text in others if text.strip()]

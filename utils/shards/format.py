@@ -1,24 +1,26 @@
-"""The token shard file: its name, its header, and how it comes to the disk whole or not at all.
+"""The token shard file: its name, its header, and writing it atomically.
 
 A shard is a 1-D .npy file of uint16 (uint32 where the vocabulary needs it), named
-`edufineweb_{split}_{number:06d}.npy`; number 0 is val. The format is build-nanogpt's. Nothing here needs
-torch, so that the processes which build shards start fast.
+`edufineweb_{split}_{number:06d}.npy`; number 0 is val. The format is build-nanogpt's. Nothing here imports
+torch, so that the processes that build shards start fast.
 """
 
-from __future__ import annotations
-
 import hashlib
+import io
 import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.command_line import Unfinished, UserError
 from utils.files import whole_file
 
-REBUILD_HINT = "rebuild it: delete the file and run build_fineweb_edu_shards.py again, or copy it once more"
-UNFINISHED = (".edufineweb_*.npy.tmp", ".manifest.json.tmp", ".probe.*.tmp")  # others are not ours to delete
+REBUILD_HINT = "rebuild it: delete the file and run build_fineweb_edu_shards.py again, or copy it again"
 DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
 
 
@@ -37,111 +39,102 @@ def shard_name(split: str, number: int) -> str:
 
 
 def shard_number(path: Path) -> int | None:
-    """The number at the end of a shard's name, or None if it has none."""
+    """The number at the end of a shard's name, or None."""
     match = re.search(r"(\d+)\.npy$", path.name)
     return int(match.group(1)) if match else None
 
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     """The .npy files with the word `split` in their names, by number if all have one, else by name."""
-    paths = sorted(
-        path
-        for path in folder.glob("*.npy")
-        if split in re.split(r"[^A-Za-z]+", path.stem) and not path.name.startswith(".")
-    )
+    paths = sorted(p for p in folder.glob("[!.]*.npy") if split in re.split(r"[^A-Za-z]+", p.stem))
     if all(shard_number(path) is not None for path in paths):
         paths.sort(key=shard_number)
     return paths
 
 
-def check_numbers(folder: Path) -> None:
-    """Raises UserError if the numbers of a folder's shards, val and train together, leave one out.
+def find_all_shards(folder: Path) -> list[Path]:
+    """The shards of both splits, val first."""
+    return find_shards(folder, "val") + find_shards(folder, "train")
 
-    Names without numbers are a row of their own, in alphabetical order, if all are such.
+
+def check_numbers(folder: Path) -> None:
+    """Raises UserError if a number is missing among the shards of a folder, val and train together.
+
+    A folder whose shards all have no number is accepted: their order is alphabetical.
     """
-    paths = find_shards(folder, "val") + find_shards(folder, "train")
-    unnumbered = [path.name for path in paths if shard_number(path) is None]
-    if unnumbered and len(unnumbered) < len(paths):
-        raise UserError(
-            f"{folder}: {unnumbered[0]} has no number, other shards have", "if it is a copy, move it away"
-        )
+    paths = find_all_shards(folder)
+    numbers = [shard_number(path) for path in paths]
+    if None in numbers and any(number is not None for number in numbers):
+        what = f"{folder}: {paths[numbers.index(None)].name} has no number, other shards have"
+        raise UserError(what, "if it is a copy, move it away")
     names = {path.name for path in paths}
-    copies = [name for name in sorted(names) if re.sub(r" \d+\.npy$", ".npy", name) in names - {name}]
-    if copies:
-        raise UserError(f"{folder}: {copies[0]} is a copy of another shard", "move it away")
-    numbers = sorted({number for number in map(shard_number, paths) if number is not None})
-    for before, after in zip(numbers, numbers[1:]):
+    for name in sorted(names):
+        if re.sub(r" \d+\.npy$", ".npy", name) in names - {name}:
+            raise UserError(f"{folder}: {name} is a copy of another shard", "move it away")
+    for before, after in pairwise(sorted({number for number in numbers if number is not None})):
         if after != before + 1:
-            raise UserError(
-                f"{folder}: shard {before + 1} is missing between {before} and {after}",
-                "copy or build the missing shard: the order of the data depends on all of them",
-            )
+            hint = "copy or build the missing shard: the order of the data depends on all of them"
+            raise UserError(f"{folder}: shard {before + 1} is missing between {before} and {after}", hint)
 
 
 def read_header(path: Path) -> Shard:
-    """Checks a shard by its header and its size, without reading its tokens.
-
-    Raises UserError for anything that is no shard.
-    """
+    """Reads the header of a shard. Raises UserError unless the file is a complete shard, by its size."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             npy = np.lib.format
-            is_old = npy.read_magic(file) == (1, 0)
-            read = npy.read_array_header_1_0 if is_old else npy.read_array_header_2_0
+            is_version_1 = npy.read_magic(file) == (1, 0)
+            read = npy.read_array_header_1_0 if is_version_1 else npy.read_array_header_2_0
             shape, _, dtype = read(file)
             data_offset = file.tell()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", REBUILD_HINT) from error
-    except Exception as error:  # a damaged header fails in numpy's parser in many ways
+    except Exception as error:  # numpy's parser fails on a damaged header in many ways
         raise UserError(f"{path}: not a .npy file ({size:,} bytes)", REBUILD_HINT) from error
     if dtype not in DTYPES or len(shape) != 1:
-        raise UserError(
-            f"{path}: {dtype.str} array of shape {shape} (expected one row of uint16 or uint32)", REBUILD_HINT
-        )
+        what = f"{path}: {dtype.str} array of shape {shape} (expected 1-D uint16 or uint32)"
+        raise UserError(what, REBUILD_HINT)
     expected = data_offset + shape[0] * dtype.itemsize
     if size != expected:
         raise UserError(f"{path}: {size:,} bytes, header says {expected:,}", REBUILD_HINT)
     return Shard(path, shape[0], dtype, data_offset)
 
 
+def find_invalid_token(tokens: np.ndarray, vocab_size: int, start: int) -> str | None:
+    """Describes the first id that is not below `vocab_size`, or returns None; tokens[0] is at `start`."""
+    if not len(tokens) or tokens.max() < vocab_size:
+        return None
+    index = int(np.argmax(tokens >= vocab_size))
+    return f"token {tokens[index]} >= vocab_size {vocab_size} at position {start + index}"
+
+
 def write_shard(path: Path, arrays: Iterable[np.ndarray], num_tokens: int) -> str:
-    """Writes uint16 tokens as the file that numpy.save would write, under a temporary name until it is whole.
+    """Writes uint16 tokens, `num_tokens` in all, as the file that numpy.save would write.
 
-    Args:
-        path: where it appears, replacing what was there.
-        arrays: the tokens, in order.
-        num_tokens: how many they are together.
-
-    Returns:
-        SHA-256 of the file, in hexadecimal.
-
-    Raises:
-        OSError: the disk is full or the like; the temporary file is gone, an earlier `path` untouched.
+    The file appears at `path` when it is complete, replacing an earlier one. Returns its SHA-256, in
+    hexadecimal. Raises Unfinished if the disk is full or similar; an earlier file is then untouched.
     """
-    digest = hashlib.sha256()
-    with whole_file(path, "w+b", temporary=unfinished_name(path), durable=True) as file:
-        header = {"descr": DTYPES[0].str, "fortran_order": False, "shape": (num_tokens,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.seek(0)
-        digest.update(file.read())
+    header = io.BytesIO()
+    fields = {"descr": DTYPES[0].str, "fortran_order": False, "shape": (num_tokens,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    digest = hashlib.sha256(header.getvalue())
+    with write_errors(path, 2 * num_tokens), whole_file(path, "wb", durable=True) as file:
+        file.write(header.getvalue())
         for array in arrays:
-            piece = np.ascontiguousarray(array, dtype=DTYPES[0])
-            file.write(piece.data)
-            digest.update(piece.data)
+            data = np.ascontiguousarray(array, dtype=DTYPES[0]).data
+            file.write(data)
+            digest.update(data)
     return digest.hexdigest()
 
 
-def unfinished_name(path: Path) -> Path:
-    """The name of a file of a build before it is whole: the same in every build, and that of no shard."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def remove_unfinished(folder: Path) -> list[str]:
-    """Deletes what a killed build left, and returns the names."""
-    names = []
-    for pattern in UNFINISHED:
-        for path in sorted(folder.glob(pattern)):
-            path.unlink(missing_ok=True)  # a probe goes when its build has made it
-            names.append(path.name)
-    return names
+@contextmanager
+def write_errors(path: Path, num_bytes: int) -> Iterator[None]:
+    """Turns an OSError of the block, which writes `num_bytes` to `path`, into Unfinished."""
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        what = f"cannot write {path}: {error.strerror or error}"
+        space = f"(free {free / 1e6:,.0f} MB, need {num_bytes / 1e6:,.0f} MB)"
+        hint = "finished shards are kept; make room and run the same command again to continue"
+        raise Unfinished(f"{what} {space}", hint) from error

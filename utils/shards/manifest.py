@@ -1,35 +1,33 @@
-"""manifest.json: what a folder of shards was made from and how far the work has come.
+"""manifest.json: what the shards of a folder were built from, and how far the build has come.
 
-It is written before the first shard and again after each, always whole, so that a build which was stopped at
-any moment goes on where its last finished shard ends, and any shard can be checked or built again on its own.
+It is written atomically before the first shard and after each one, so that a build that was stopped at any
+moment continues where its last finished shard ends, and any shard can be verified or rebuilt on its own.
 """
-
-from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.command_line import UserError
 from utils.files import sha256_of, whole_file
 from utils.shards.documents import Position
-from utils.shards.format import find_shards, read_header, shard_name, unfinished_name
+from utils.shards.format import find_all_shards, find_invalid_token, read_header, shard_name, write_errors
 
 FILE_NAME = "manifest.json"
 FORMAT, VERSION = "minigpt-shards", 1
-CHECK_TOKENS = 1 << 22  # tokens that --verify holds at a time
+CHECK_TOKENS = 1 << 22  # number of tokens that --verify reads at a time
 
 
 class Manifest:
     """The state of a build.
 
     Attributes:
-        settings: everything that decides the bytes of the shards, as plain values.
-        shards: one record for each finished shard, in order: name, tokens, sha256, documents (begun up to its
-            end), next (file, position in it and tokens to leave out, where the next shard starts).
-        complete: the corpus is used up.
+        settings: everything that determines the bytes of the shards, as plain values.
+        shards: one record per finished shard, in order: name, tokens, sha256, documents (number of documents
+            started up to its end), next (where the next shard starts: the values of a Position).
+        complete: whether the whole corpus is in the shards.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -38,8 +36,8 @@ class Manifest:
         self.complete = False
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest | None:
-        """The manifest of a folder, or None if it has none. Raises UserError if it cannot be understood."""
+    def load(cls, folder: Path) -> "Manifest | None":
+        """The manifest of a folder, or None if it has none. Raises UserError if the file is not valid."""
         path = folder / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -50,15 +48,13 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"cannot read {path}: {error!r} (expected {FORMAT} {VERSION})",
-                "use another --output-dir, or move this folder's shards and manifest away",
-            ) from error
+            what = f"cannot read {path}: {error!r} (expected {FORMAT} {VERSION})"
+            hint = "use another --output-dir, or move this folder's shards and manifest away"
+            raise UserError(what, hint) from error
         return manifest
 
     def save(self) -> None:
-        """Writes the file under a temporary name, then renames it. Raises OSError if that fails."""
-        path = self.folder / FILE_NAME
+        """Writes the file atomically. Raises Unfinished if the disk is full or similar."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -67,11 +63,13 @@ class Manifest:
             "tokens": self.num_tokens,
             "shards": self.shards,
         }
-        with whole_file(path, temporary=unfinished_name(path), durable=True) as file:
-            json.dump(content, file, indent=1)
+        text, path = json.dumps(content, indent=1), self.folder / FILE_NAME
+        with write_errors(path, len(text)), whole_file(path, durable=True) as file:
+            file.write(text)
 
     @property
     def num_tokens(self) -> int:
+        """Number of tokens in the finished shards."""
         return sum(shard["tokens"] for shard in self.shards)
 
     def add(self, sha256: str, tokens: int, documents: int, position: Position) -> None:
@@ -81,89 +79,75 @@ class Manifest:
         self.save()
 
     def next_name(self) -> str:
-        """File name of the shard that comes after the finished ones."""
+        """File name of the shard after the finished ones."""
         return shard_name("train" if self.shards else "val", len(self.shards))
 
     def start_of(self, index: int) -> tuple[Position, int]:
-        """Where shard number `index` starts in the corpus, and how many documents begin before."""
+        """Where shard number `index` starts in the corpus, and how many documents start before it."""
         if index == 0:
             return Position(), 0
         before = self.shards[index - 1]
         return Position(*before["next"]), before["documents"]
 
-    def check_settings(self, asked: dict[str, Any]) -> None:
-        """Raises UserError if the folder was built with other settings than these; names what differs."""
-        names = sorted(asked.keys() | self.settings.keys())
-        different = [name for name in names if asked.get(name) != self.settings.get(name)]
-        if different:
-            changes = "; ".join(
-                _difference(name, self.settings.get(name), asked.get(name)) for name in different
-            )
+    def check_settings(self, requested: dict[str, Any]) -> None:
+        """Raises UserError if the folder was built with other settings; names the differences."""
+        if differences := _differences("", self.settings, requested):
+            what = f"{self.folder} was built with other settings: {differences}"
             raise UserError(
-                f"{self.folder} was built with other settings: {changes}",
-                "use another --output-dir, or the settings of this one (nothing was changed)",
+                what, "use another --output-dir, or the settings of this one (nothing was changed)"
             )
 
-    def check_folder(self, goes_on: bool) -> None:
-        """Raises UserError if shards are there that this build did not write: training would read them.
+    def check_folder(self, *, next_allowed: bool) -> None:
+        """Raises UserError if there are shards that this build did not write: training would read them.
 
-        Args:
-            goes_on: the next shard is written anew, so it does not matter if a kill left one unrecorded.
+        `next_allowed` accepts an unrecorded next shard, which a killed build may have left: the build that
+        continues overwrites it.
         """
-        known = {shard["name"] for shard in self.shards} | ({self.next_name()} if goes_on else set())
-        for path in find_shards(self.folder, "val") + find_shards(self.folder, "train"):
+        known = {shard["name"] for shard in self.shards} | ({self.next_name()} if next_allowed else set())
+        for path in find_all_shards(self.folder):
             if path.name not in known:
                 hint = "move it away, or use another --output-dir for this build"
                 if path.name == self.next_name():
-                    hint = "run the build again if it was killed: it writes the file anew; else move it away"
+                    hint = "if it was killed, run the build again, which overwrites it; else move it away"
                 raise UserError(f"{path} is not in {FILE_NAME}", hint)
 
-    def missing(self) -> Iterator[int]:
-        """Numbers of recorded shards that are not on the disk, or not with their size."""
-        for index, shard in enumerate(self.shards):
-            try:
-                if read_header(self.folder / shard["name"]).num_tokens == shard["tokens"]:
-                    continue
-            except UserError:
-                pass
-            yield index
+    def missing(self) -> list[int]:
+        """Numbers of the recorded shards that are missing or do not have their recorded size."""
+        return [number for number, record in enumerate(self.shards) if self._problem_of_size(record)]
 
-    def verify(self, vocab_size: int) -> Iterator[tuple[str, str | None]]:
-        """Reads every recorded shard again.
+    def _problem_of_size(self, record: dict[str, Any]) -> str | None:
+        path = self.folder / record["name"]
+        if not path.exists():
+            return "missing"
+        try:
+            num_tokens = read_header(path).num_tokens
+        except UserError as error:
+            return str(error)
+        same = num_tokens == record["tokens"]
+        return None if same else f"{num_tokens:,} tokens (expected {record['tokens']:,})"
 
-        Yields:
-            (name, problem), problem None where the file is the one that was written.
-        """
-        for record in self.shards:
-            yield record["name"], _problem(self.folder / record["name"], record, vocab_size)
-
-
-def _problem(path: Path, record: dict[str, Any], vocab_size: int) -> str | None:
-    if not path.exists():
-        return "missing"
-    try:
+    def find_problem(self, record: dict[str, Any], vocab_size: int) -> str | None:
+        """Reads a recorded shard again and says how it differs from what was written, or returns None."""
+        if problem := self._problem_of_size(record):
+            return problem
+        path = self.folder / record["name"]
+        if sha256_of(path) != record["sha256"]:
+            return f"SHA-256 is not {record['sha256']}: the content has changed"
         shard = read_header(path)
-    except UserError as error:
-        return str(error)
-    if shard.num_tokens != record["tokens"]:
-        return f"{shard.num_tokens:,} tokens (expected {record['tokens']:,})"
-    if sha256_of(path) != record["sha256"]:
-        return f"SHA-256 is not {record['sha256']}: other bytes than were written"
-    for start in range(0, shard.num_tokens, CHECK_TOKENS):
-        offset = shard.data_offset + start * shard.dtype.itemsize
-        tokens = np.fromfile(path, shard.dtype, CHECK_TOKENS, offset=offset)
-        if tokens.max() >= vocab_size:
-            place = int(np.argmax(tokens >= vocab_size))
-            return f"token {tokens[place]} >= vocab_size {vocab_size} at position {start + place}"
-    return None
+        for start in range(0, shard.num_tokens, CHECK_TOKENS):
+            offset = shard.data_offset + start * shard.dtype.itemsize
+            tokens = np.fromfile(path, shard.dtype, CHECK_TOKENS, offset=offset)
+            if problem := find_invalid_token(tokens, vocab_size, start):
+                return problem
+        return None
 
 
-def _difference(name: str, old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):  # the source: name the entries, not all their files
+def _differences(name: str, old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):  # the settings, and the source: entries that differ
         inner = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        return "; ".join(_difference(f"{name} {key}", old.get(key), new.get(key)) for key in inner)
-    if isinstance(old, list) and isinstance(new, list):
+        return "; ".join(_differences(f"{name} {key}".strip(), old.get(key), new.get(key)) for key in inner)
+    if isinstance(old, list) and isinstance(new, list):  # the source's files
         changed = [entry[0] for entry in (*old, *new) if entry not in old or entry not in new]
-        names = ", ".join(dict.fromkeys(changed[:4])) or "other order"
+        names = ", ".join(dict.fromkeys(changed[:4])) or "in another order"
         return f"{name}: {len(old)} there, {len(new)} here ({names})"
     return f"{name} {old} there, {new} here"

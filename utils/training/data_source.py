@@ -1,17 +1,25 @@
-"""Which data to train on, and as which streams: shards, a text file, a download, or what is at hand."""
-
-from __future__ import annotations
+"""Which data to train on, and its streams: shards, a text file, or a download."""
 
 import platform
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from utils.command_line import UserError
 from utils.data_loader import TokenStream, read_text, split_text
 from utils.distributed import Distributed
-from utils.download import download
-from utils.errors import UserError
-from utils.shards.stream import ShardStream, find_shards
-from utils.tokenizer import CharTokenizer, tiktoken_is_installed, tokenizer_from_state
+from utils.files import download
+from utils.shards.format import find_shards
+from utils.shards.stream import ShardStream
+from utils.tokenizer import (
+    CharTokenizer,
+    Tokenizer,
+    check_vocab_size,
+    tiktoken_is_installed,
+    tokenizer_from_state,
+)
+
+if TYPE_CHECKING:
+    from gpt_model import GPTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS_DIR = ROOT / "edu_fineweb10B"
@@ -23,19 +31,15 @@ TINY_SHAKESPEARE_BYTES = 1_115_394
 
 
 class Source(NamedTuple):
-    """Where the data comes from.
+    """Where the data comes from, and why."""
 
-    kind: "shards", "text", "download" (fetched to `path` before use) or "pydoc" (Python's own documentation,
-    no file).
-    """
-
-    kind: str
+    kind: str  # "shards", "text", "download" (to `path`, before use) or "pydoc" (Python's own documentation)
     path: Path | None
     reason: str
 
 
 def choose_source(requested: str | None) -> Source:
-    """What to train on, without touching the network: `--data`, shards, input.txt, or else a download."""
+    """What to train on, without using the network: `--data`, shards, input.txt, else a download."""
     if requested is not None:
         path = Path(requested)
         kind = "shards" if path.is_dir() else "text"
@@ -48,26 +52,23 @@ def choose_source(requested: str | None) -> Source:
 
 
 def fetch(source: Source, dist: Distributed) -> Source:
-    """Gets Tiny Shakespeare where chosen, once a machine; without a network, Python's documentation."""
+    """Downloads Tiny Shakespeare if chosen, once per machine; without a network, Python's documentation."""
     if source.kind == "download" and dist.local_rank == 0 and not source.path.exists():
         try:
             download(TINY_SHAKESPEARE_URL, source.path, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_BYTES)
         except OSError as error:
-            print(
-                f"warning: cannot download Tiny Shakespeare ({error}); "
-                f"put any text into {source.path} to train on it"
-            )
-    dist.barrier()  # for any kind of source: another machine may have chosen another one
+            print(f"warning: cannot download Tiny Shakespeare ({error}); put any text into {source.path}")
+    dist.barrier()  # for every kind of source: another machine may have chosen another one
     if source.kind != "download":
         return source
-    # Every rank looks at its own machine's disk; open_streams compares what they found.
+    # Every rank looks at the disk of its own machine; open_data compares what they found.
     if source.path.exists():
         return Source("text", source.path, source.reason + ": Tiny Shakespeare was downloaded")
     return Source("pydoc", None, source.reason + ", no network: the documentation inside Python")
 
 
-def choose_tokenizer(requested: str, dist: Distributed) -> str:
-    """ "gpt2" or "char": GPT-2's BPE needs tiktoken; without it characters must do, with a warning."""
+def available_tokenizer(requested: str, dist: Distributed) -> str:
+    """The requested kind, "gpt2" or "char"; "char" with a warning where tiktoken is not installed."""
     if requested == "gpt2" and not tiktoken_is_installed():
         if dist.is_master:
             print("warning: tiktoken is not installed, training on characters instead (pip install tiktoken)")
@@ -75,57 +76,60 @@ def choose_tokenizer(requested: str, dist: Distributed) -> str:
     return requested
 
 
-def open_streams(source: Source, tokenizer_state: dict, seq_len: int, dist: Distributed):
-    """Opens the data.
+class Data(NamedTuple):
+    """Opened data: a tokenizer, both splits in its tokens, and the reason for this data."""
+
+    tokenizer: Tokenizer
+    train: TokenStream
+    val: TokenStream
+    reason: str
+
+
+def open_data(source: Source, tokenizer_state: dict[str, Any], seq_len: int, dist: Distributed) -> Data:
+    """Opens the data that `fetch` returned; each split must hold at least one window of seq_len + 1 tokens.
 
     Args:
-        source: as `fetch` returned it.
-        tokenizer_state: of a loaded model, or {"name": "gpt2"} or {"name": "char"}: then characters are the
-            text's.
-        seq_len: T; each split must hold a window of it.
-
-    Returns:
-        (tokenizer, train stream, val stream).
+        tokenizer_state: of a loaded model, or {"name": "gpt2"}, or {"name": "char"} for the characters of the
+            text.
 
     Raises:
         UserError: missing, empty, damaged or too short data, or ranks that see different data.
     """
-    by_characters = tokenizer_state["name"] == "char"
+    characters_known = "characters" in tokenizer_state
     if source.kind == "shards":
-        if by_characters:
-            loaded = "characters" in tokenizer_state
-            other = "a model that reads them" if loaded else "use --tokenizer gpt2 (pip install tiktoken)"
-            raise UserError(
-                f"{source.path} holds GPT-2 tokens, not characters", f"give --data a text file, or {other}"
-            )
+        if tokenizer_state["name"] == "char":
+            other = "a model trained on them" if characters_known else "use --tokenizer gpt2"
+            what = f"{source.path} holds GPT-2 tokens, not characters"
+            raise UserError(what, f"give --data a text file, or {other}")
         tokenizer = tokenizer_from_state(tokenizer_state)
         train, val = (
-            ShardStream(source.path, split, tokenizer.num_words, seq_len) for split in ("train", "val")
+            ShardStream(source.path, split, tokenizer.vocab_size, seq_len) for split in ("train", "val")
         )
     else:
         path = source.path or Path(f"pydoc_data.topics of Python {platform.python_version()}")
         text = read_text(source.path) if source.path else python_documentation()
-        if by_characters and "characters" not in tokenizer_state:
+        if tokenizer_state["name"] == "char" and not characters_known:
             tokenizer = CharTokenizer.from_text(text)
         else:
             tokenizer = tokenizer_from_state(tokenizer_state)
         train, val = split_text(path, text, tokenizer.encode(text), seq_len)
-    _check_ranks_agree(train, val, dist)
-    return tokenizer, train, val
+    fingerprints = [train.fingerprint(), val.fingerprint()]
+    if dist.broadcast(fingerprints) != fingerprints:
+        what = f"rank {dist.rank} sees other data than rank 0 in {train.name}"
+        raise UserError(what, "give every machine the same files", one_rank_only=True)
+    return Data(tokenizer, train, val, source.reason)
 
 
-def _check_ranks_agree(train: TokenStream, val: TokenStream, dist: Distributed) -> None:
-    mine = [train.fingerprint(), val.fingerprint()]
-    if dist.broadcast(mine) != mine:
-        raise UserError(
-            f"rank {dist.rank} sees other data than rank 0 in {train.name}",
-            "give every machine the same files",
-            one_rank_only=True,
-        )
+def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the model cannot read windows of this length, or ids of this tokenizer."""
+    if seq_len > config.block_size:
+        what = f"--seq-len {seq_len} is more than the model's block size {config.block_size}"
+        raise UserError(what, "use a smaller --seq-len")
+    check_vocab_size(tokenizer, config.vocab_size)
 
 
 def python_documentation() -> str:
-    """The language reference that ships inside Python, about 700 kB of English."""
+    """The language reference inside Python's standard library, about 700 kB of English."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

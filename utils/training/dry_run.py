@@ -1,176 +1,154 @@
-"""What a run will be, in words and arithmetic, before it starts."""
-
-from __future__ import annotations
+"""What a run will do and need, before it starts: the start lines, and `--dry-run`."""
 
 import shutil
 import time
-from pathlib import Path
-from typing import Any
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from utils import runtime
-from utils.training.memory_estimate import MemoryEstimate, estimate_memory
-from utils.training.run_log import format_duration
-from utils.weights.checkpoint import versions
+import torch
+
+from utils.command_line import format_bytes, format_duration
+from utils.data_loader import WindowLoader
+from utils.distributed import Distributed
+from utils.runtime import memory_bytes, peak_flops, peak_memory_bytes
+from utils.training.micro_batch import forward_backward
+from utils.training.state import TrainState, due_steps
+from utils.weights.checkpoint import checkpoints_to_keep, pair_bytes
+
+if TYPE_CHECKING:
+    from gpt_model import GPT
 
 DRY_RUN_STEPS = 5  # micro-steps
-FORWARD_SHARE = 1 / 3  # of a training token's work: the backward pass takes the other two thirds
+FORWARD_SHARE = 1 / 3  # of the work on a training token: the backward pass takes the other two thirds
+STATE_BYTES = 16  # per parameter, all float32: parameter, gradient, both moments of AdamW
 
 
-def describe(run, reasons: dict[str, str]) -> list[str]:
-    """Lines for the console: every decision with its reason, the model, the data and the batch as arithmetic.
+@dataclass
+class Plan:
+    """What a run will do, as text; `reasons` holds decisions with their reasons."""
 
-    Args:
-        run: the training script's Run.
-        reasons: what was decided, in words.
+    args: Namespace
+    model: "GPT"
+    train: WindowLoader
+    val: WindowLoader
+    micro_steps: int  # of an update
+    dist: Distributed
+    reasons: dict[str, str]
+
+    def lines(self) -> list[str]:
+        """Lines for the console: decisions with reasons, the model, the data, and the batch as arithmetic."""
+        args, T, config = self.args, self.args.seq_len, self.model.config
+        windows, parameters = self.train.windows_per_epoch, self.model.num_parameters()
+        left_out = self.train.stream.num_tokens - 1 - windows * T
+        steps_per_epoch = windows * T / args.total_batch_tokens
+        return [
+            *(f"{name}: {reason}" for name, reason in self.reasons.items()),
+            f"model: {parameters:,} parameters ({config.n_layer} layers, {config.n_head} heads, "
+            f"{config.n_embd} channels, block {config.block_size}, vocabulary {config.vocab_size})",
+            f"train: {self.train.stream.num_tokens:,} tokens = {windows:,} windows of {T} "
+            f"(the last {left_out} left out), "
+            f"{steps_per_epoch:,.1f} steps an epoch, {args.max_steps / steps_per_epoch:.2f} epochs",
+            f"val: {self.val.num_val_windows(args.val_tokens):,} windows of {T}, "
+            f"of {self.val.stream.num_tokens:,} tokens",
+            f"batch: {args.total_batch_tokens} tokens = {args.micro_batch} rows x {T} tokens x "
+            f"{self.dist.world_size} process(es) x {self.micro_steps} micro-step(s)",
+        ]
+
+    def checkpoints_line(self, existing_bytes: int = 0) -> str:
+        """Bytes of all checkpoints, one more pair during a save, beside the free space.
+
+        `existing_bytes` of them are already there.
+        """
+        args = self.args
+        saved = due_steps(args.checkpoint_every, args.max_steps)[1:] or [args.max_steps]
+        kept = checkpoints_to_keep(saved, args.keep_checkpoints, args.keep_every, args.max_steps)
+        models, optimizers = map(len, kept)
+        model_bytes, optimizer_bytes = pair_bytes(self.model.num_parameters())
+        need = (models + 1) * model_bytes + (optimizers + 1) * optimizer_bytes
+        log_dir = args.log_dir.resolve()
+        free = shutil.disk_usage(next(path for path in (log_dir, *log_dir.parents) if path.exists())).free
+        line = (
+            f"checkpoints: model {format_bytes(model_bytes)} + optimizer {format_bytes(optimizer_bytes)}; "
+            f"{models} models and {optimizers} optimizers stay, at most {format_bytes(need)} at one time; "
+            f"free {format_bytes(free)}"
+        )
+        return line if need <= free + existing_bytes else f"warning: {line}: not enough"
+
+    def space_warning(self) -> list[str]:
+        """The line above if the checkpoints will not fit beside those of a resumed run, else nothing."""
+        existing = (
+            path for name in ("model", "optimizer") for path in self.args.log_dir.glob(f"{name}_*.pt")
+        )
+        line = self.checkpoints_line(sum(path.stat().st_size for path in existing))
+        return [line] if line.startswith("warning") else []
+
+    def time_lines(self, micro_step_seconds: float) -> list[str]:
+        """Speed, time and cost of the run, from the measured time of a micro-step."""
+        args, device = self.args, self.dist.device
+        step_seconds = self.micro_steps * micro_step_seconds
+        tokens_per_second = args.total_batch_tokens / step_seconds
+        peak, mfu = peak_flops(device, self.dist.world_size), "n/a"
+        if peak is not None:
+            mfu = f"{100 * self.model.flops_per_token(args.seq_len) * tokens_per_second / peak:.1f}%"
+        updates = args.max_steps * step_seconds
+        count = len(due_steps(args.val_every, args.max_steps))
+        micro_batches = self.val.num_val_windows(args.val_tokens) / args.micro_batch / self.dist.world_size
+        validation = count * micro_batches * FORWARD_SHARE * micro_step_seconds
+        lines = [
+            f"speed: {1000 * micro_step_seconds:,.0f} ms x {self.micro_steps} micro-step(s) = "
+            f"{1000 * step_seconds:,.0f} ms a step, {tokens_per_second:,.0f} tok/s, mfu {mfu}",
+            f"time: {format_duration(updates + validation)} = {args.max_steps} steps "
+            f"{format_duration(updates)} + validation about {format_duration(validation)} "
+            "(plus HellaSwag, samples and checkpoints)",
+        ]
+        if args.cost_per_hour is not None:
+            hours = (updates + validation) / 3600
+            cost = f"{hours * args.cost_per_hour:,.2f}"
+            lines.append(f"cost: {cost} = {hours:,.2f} hours x {args.cost_per_hour:g} an hour")
+        return lines
+
+
+def outline_if_too_large(build: Callable[[], "GPT"], device: torch.device) -> "GPT | None":
+    """The model on the meta device, without memory, if parameters, gradients and moments alone do not fit.
+
+    None if they fit, or if the memory of the device is unknown.
     """
-    args, T = run.args, run.args.seq_len
-    train, val, config = run.train_loader, run.val_loader, run.model.config
-    windows = train.windows_per_epoch
-    left_out = train.stream.num_tokens - 1 - windows * T
-    steps_per_epoch = windows * T / args.total_batch_tokens
-    return [
-        *(f"{name}: {reason}" for name, reason in reasons.items()),
-        f"model: {run.model.num_parameters():,} parameters ({config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} channels, block {config.block_size}, vocabulary {config.vocab_size})",
-        f"train: {train.stream.num_tokens:,} tokens = {windows:,} windows of {T} "
-        f"(the last {left_out} left out), "
-        f"{steps_per_epoch:,.1f} steps an epoch, {args.max_steps / steps_per_epoch:.2f} epochs",
-        f"val: {val.num_val_windows(args.val_tokens):,} windows of {T}, of {val.stream.num_tokens:,} tokens",
-        f"batch: {args.total_batch_tokens} tokens = {args.micro_batch} rows x {T} tokens x "
-        f"{run.dist.world_size} process(es) x {run.micro_steps} micro-step(s)",
-    ]
+    with torch.device("meta"):
+        outline = build()
+    memory = memory_bytes(device)
+    return outline if memory is not None and STATE_BYTES * outline.num_parameters() > memory else None
 
 
-def record(run, reasons: dict[str, str]) -> dict[str, Any]:
-    """Settings and environment of a run as plain values: the first record of metrics.jsonl."""
-    device, world_size = runtime.device_name(run.dist.device), run.dist.world_size
-    return {
-        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in vars(run.args).items()},
-        "environment": dict(versions(), device=device, world_size=world_size),
-        "reasons": reasons,
-        "parameters": run.model.num_parameters(),
-    }
+def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
+    """`--dry-run`: prints the plan, then measures a few micro-steps. Writes nothing; returns the exit code.
 
-
-def dry_run(run, reasons: dict[str, str]) -> int:
-    """`--dry-run`: says what the run would be, with the speed of a few real micro-steps; writes nothing.
-
-    Args:
-        run: the training script's Run.
-        reasons: what was decided, in words.
+    A model that does not fit the device is on the meta device: nothing is measured then.
     """
+
+    def say(*lines: str) -> None:
+        if plan.dist.is_master:
+            print("\n".join(lines), flush=True)
+
+    say(*plan.lines(), plan.checkpoints_line())
+    device, minimum = plan.dist.device, format_bytes(STATE_BYTES * plan.model.num_parameters())
+    if state.model.lm_head.weight.is_meta:
+        memory = format_bytes(memory_bytes(device))
+        say(
+            f"memory: parameters, gradients and moments alone take {minimum}, {device} has {memory}: "
+            "this does not fit, so nothing is measured"
+        )
+        return 0
     seconds = []
-    batches = run.train_loader.train_batches(0, run.args.total_batch_tokens // run.args.seq_len)
+    batches = plan.train.train_batches(0)
     for _ in range(DRY_RUN_STEPS):
         started = time.perf_counter()
-        with runtime.autocast(run.dist.device, run.dtype):
-            _, loss = run.trained_model(*next(batches), return_logits=False)
-        loss.backward()
-        loss.item()  # waits for the device
+        forward_backward(state.trained_model, *next(batches), dtype).item()  # waits for the device
         seconds.append(time.perf_counter() - started)
-    run.optimizer.step()  # its moments are part of what must fit
-    lines = dry_run_lines(run, sorted(seconds)[DRY_RUN_STEPS // 2], run.args.cost_per_hour)
-    if run.dist.is_master:
-        print("\n".join([*describe(run, reasons), *lines]))
+    for optimizer in state.optimizers.values():
+        optimizer.step()  # allocates the moments, which must fit as well
+    peak = format_bytes(plan.dist.max_number(peak_memory_bytes(device)))
+    say(f"memory: peak {peak} a process, measured (parameters, gradients and moments: {minimum})")
+    say(*plan.time_lines(sorted(seconds)[DRY_RUN_STEPS // 2]))
     return 0
-
-
-def dry_run_lines(run, seconds_per_micro_step: float, cost_per_hour: float | None = None) -> list[str]:
-    """What a run would take: disk, memory, time and money. The rest of `--dry-run`, after `describe`.
-
-    Args:
-        run: the training script's Run.
-        seconds_per_micro_step: measured, forward and backward of one micro-batch.
-        cost_per_hour: of all devices together, in whatever money; None leaves the line out.
-    """
-    config, args = run.model.config, run.args
-    shape = (args.micro_batch, args.seq_len, run.dtype, run.dist.device.type, run.micro_steps)
-    estimate = estimate_memory(config, run.model.num_parameters(), *shape)
-    updates, validation = run_seconds(run, seconds_per_micro_step)
-    lines = [checkpoints_line(run), memory_line(estimate), speed_line(run, seconds_per_micro_step)]
-    lines.append(
-        f"time: {format_duration(updates + validation)} = {args.max_steps} steps {format_duration(updates)} "
-        f"+ validation about {format_duration(validation)} (HellaSwag, samples and checkpoints come on top)"
-    )
-    if cost_per_hour is not None:
-        hours = (updates + validation) / 3600
-        lines.append(f"cost: {hours * cost_per_hour:,.2f} = {hours:,.2f} hours x {cost_per_hour:g} an hour")
-    return lines
-
-
-def run_seconds(run, seconds_per_micro_step: float) -> tuple[float, float]:
-    """Seconds of all updates, and of all validations."""
-    args = run.args
-    updates = args.max_steps * run.micro_steps * seconds_per_micro_step
-    if not args.val_every:
-        return updates, 0.0
-    # The steps 0, E, 2E, ... and the one after the last, which may be one of them.
-    count = len({*range(0, args.max_steps, args.val_every), args.max_steps})
-    windows = run.val_loader.num_val_windows(args.val_tokens)
-    micro_batches = windows / (args.micro_batch * run.dist.world_size)
-    return updates, count * micro_batches * FORWARD_SHARE * seconds_per_micro_step
-
-
-def num_checkpoints(args) -> tuple[int, int]:
-    """(model files, optimizer files) in the log directory when a run has ended."""
-    every = args.checkpoint_every
-    saved = {args.max_steps, *(range(every, args.max_steps, every) if every else ())}
-    recent = set(sorted(saved)[-args.keep_checkpoints :])
-    kept = {step for step in saved if args.keep_every and step % args.keep_every == 0}
-    return len(recent | kept), len(recent)
-
-
-def checkpoints_line(run, there: int = 0) -> str:
-    """Bytes that checkpoints will take beside what is free. While one is written, there is one more pair.
-
-    Args:
-        there: bytes of checkpoints that are among them and exist already.
-    """
-    models, pairs = num_checkpoints(run.args)
-    model = 4 * run.model.num_parameters()  # float32; Adam's two moments take twice as much
-    need = (models + 1) * model + (pairs + 1) * 2 * model
-    folder = next(path for path in (run.args.log_dir, *run.args.log_dir.resolve().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    line = (
-        f"checkpoints: model {in_words(model)} + optimizer {in_words(2 * model)}; {models} models and "
-        f"{pairs} optimizers stay, at most {in_words(need)} at one time; free {in_words(free)}"
-    )
-    return line if need <= free + there else f"warning: {line}: not enough"
-
-
-def space_warning(run) -> list[str]:
-    """The line above if the checkpoints will not fit beside those of the resumed run, else nothing."""
-    there = (path for name in ("model", "optimizer") for path in run.args.log_dir.glob(f"{name}_*.pt"))
-    line = checkpoints_line(run, sum(path.stat().st_size for path in there))
-    return [line] if line.startswith("warning") else []
-
-
-def memory_line(estimate: MemoryEstimate) -> str:
-    """The estimate of one process, term by term."""
-    return (
-        f"memory: about {in_words(estimate.peak)} a process (parameters {in_words(estimate.parameters)}, "
-        f"gradients {in_words(estimate.gradients)}, optimizer {in_words(estimate.optimizer)}, "
-        f"activations {in_words(estimate.activations)}, loss {in_words(estimate.loss)}, "
-        f"fragmentation {in_words(estimate.unused)}; not all of them at one time)"
-    )
-
-
-def speed_line(run, seconds_per_micro_step: float) -> str:
-    """Tokens per second over all processes, and the share of the devices' peak where that is known."""
-    args, world_size = run.args, run.dist.world_size
-    step = run.micro_steps * seconds_per_micro_step
-    tokens_per_second = args.total_batch_tokens / step
-    peak = runtime.peak_flops(run.dist.device)
-    mfu = "n/a"
-    if peak is not None:
-        flops = run.model.flops_per_token(args.seq_len) * tokens_per_second
-        mfu = f"{100 * flops / (peak * world_size):.1f}%"
-    return (
-        f"speed: {1000 * seconds_per_micro_step:,.0f} ms x {run.micro_steps} micro-step(s) = "
-        f"{1000 * step:,.0f} ms a step, {tokens_per_second:,.0f} tok/s, mfu {mfu}"
-    )
-
-
-def in_words(num_bytes: float) -> str:
-    """`1.49 GB`, or `12.3 MB` where that says more."""
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

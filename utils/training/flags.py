@@ -1,58 +1,80 @@
-"""The flags of train_gpt.py.
-
-Their defaults are the constants of that script, found by name: MAX_LR is --max-lr's.
-"""
-
-from __future__ import annotations
+"""The flags of train_gpt.py: how they are declared, read and checked."""
 
 from argparse import Namespace
-from pathlib import Path
-from typing import Any, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
-from utils.command_line import (
-    ArgumentParser,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-)
-from utils.runtime import DTYPES
+from utils.command_line import ArgumentParser, UserError, positive_int
 from utils.training.data_source import choose_source
+from utils.training.run_log import check_installed
+from utils.weights.checkpoint import newest_model_file
+
+T = TypeVar("T")
 
 
-def make_parser(constants: Mapping[str, Any], presets: Mapping[str, dict]) -> ArgumentParser:
-    """A parser whose defaults are the UPPER_CASE entries of `constants`."""
-    parser = ArgumentParser(
-        prog="train_gpt.py", description="Train a GPT-2. Defaults are those of the preset gpt2."
-    )
-    _add_model_and_data(parser, presets)
-    _add_recipe(parser)
-    _add_evaluation(parser)
-    _add_running(parser)
-    flags = vars(parser.parse_args([]))
-    defaults = {name.lower(): value for name, value in constants.items() if name.isupper()}
-    parser.set_defaults(**{name: value for name, value in defaults.items() if name in flags})
-    return parser
+class Flags:
+    """Declares a constant and its flag in one line.
+
+    `MAX_LR = flag("--max-lr", 6e-4, positive_float, "peak learning rate")` sets MAX_LR to 6e-4 and makes that
+    the default of --max-lr.
+    """
+
+    def __init__(self):
+        description = "Train a GPT-2. Defaults are those of the preset gpt2."
+        self.parser = ArgumentParser(prog="train_gpt.py", description=description)
+        self._groups: dict[str, Any] = {}
+
+    def group(self, title: str) -> None:
+        """Starts, or continues, a section of --help."""
+        if title not in self._groups:
+            self._groups[title] = self.parser.add_argument_group(title)
+        self._group = self._groups[title]
+
+    def __call__(
+        self, name: str, default: T, type: Callable | tuple[str, ...] | str, help: str, **options: Any
+    ) -> T:
+        """Declares a flag and returns its default.
+
+        Args:
+            type: a function that converts the value; a tuple lists all values; a text is the value of a flag
+                that takes none, and `bool` that of a flag that is True when given.
+            options: of argparse's `add_argument`.
+        """
+        if type is bool:
+            options["action"] = "store_true"
+        elif isinstance(type, str):
+            options.update(action="store_const", const=type)
+        elif isinstance(type, tuple):
+            options["choices"] = type
+        else:
+            options["type"] = type
+        self._group.add_argument(name, default=default, help=help, **options)
+        return default
 
 
-def read_arguments(
-    argv: list[str] | None, constants: Mapping[str, Any], presets: Mapping[str, dict]
+def read_flags(
+    flags: Flags, argv: list[str] | None, presets: Mapping[str, dict[str, Any]]
 ) -> tuple[Namespace, str]:
     """Settings: flags over the preset over the constants. Also returns why the preset was chosen."""
-    parser = make_parser(constants, presets)
-    defaults, given = parser.parse_defaults_and_given(argv)
+    defaults, given = flags.parser.parse_defaults_and_given(argv)
     reason = "--preset"
     if "preset" not in given:
         on_cuda = torch.cuda.is_available() and given.get("device", "auto").startswith(("auto", "cuda"))
         has_shards = choose_source(given.get("data")).kind == "shards"
         given["preset"] = "gpt2" if on_cuda and has_shards else "tiny"
         reason = f"{'CUDA' if on_cuda else 'no CUDA'}, {'shards' if has_shards else 'no shards'}"
-    args = Namespace(**{**defaults, **presets[given["preset"]], **given})
-    if args.eval_only and "seq_len" not in given:
-        args.seq_len = None  # the block size of the model that is evaluated
-    # A run that is shortened, or cooled down, by one flag alone stays a valid one.
+    preset = presets[given["preset"]]
+    assert preset.keys() <= defaults.keys(), f"preset {given['preset']} sets a flag that does not exist"
+    args = Namespace(**{**defaults, **preset, **given})
+    if args.eval_only:
+        args.init_from = args.init_from or newest_model_file(args.log_dir)
+        if args.init_from is None:
+            raise UserError(f"no checkpoint in {args.log_dir} to evaluate", "name one with --init-from")
+        if "seq_len" not in given:
+            args.seq_len = None  # the block size of the evaluated model
+    # A run that is shortened, or given a lower learning rate, by one flag alone stays valid.
     if "warmup_steps" not in given:
         args.warmup_steps = min(args.warmup_steps, args.max_steps // 10)
     if "min_lr" not in given:
@@ -60,89 +82,42 @@ def read_arguments(
     return args, reason
 
 
-def positive_int_or_auto(text: str) -> int | str:
+def int_or_auto(text: str) -> int | str:
     """A whole number above zero, or "auto"."""
     return text if text == "auto" else positive_int(text)
 
 
-def _add_model_and_data(parser: ArgumentParser, presets: Mapping[str, dict]) -> None:
-    add = parser.add_argument_group("model and data").add_argument
-    add("--preset", choices=presets, default="auto", help="auto: gpt2 on CUDA with shards, else tiny")
-    add("--data", help="folder of shards or text file; default: edu_fineweb10B/, input.txt, a download")
-    add("--tokenizer", choices=("gpt2", "char"), help="of a text file")
-    add("--shuffle", choices=("on", "off"), help="windows in a seeded random order, or as they come")
-    add("--init-from", metavar="MODEL", help="start from gpt2[-medium|-large|-xl], a checkpoint or a folder")
-    add("--n-layer", type=positive_int, help="layers")
-    add("--n-head", type=positive_int, help="attention heads")
-    add("--n-embd", type=positive_int, help="channels")
-    add("--seq-len", type=positive_int, help="tokens of a window, and the block size of a fresh model")
+def accumulation_steps(total_batch_tokens: int, micro_batch: int, seq_len: int, world_size: int) -> int:
+    """Micro-steps of an update: B * T * world_size * steps is exactly the batch, or UserError is raised."""
+    tokens_at_once = micro_batch * seq_len * world_size
+    steps, rest = divmod(total_batch_tokens, tokens_at_once)
+    if rest or steps == 0:
+        nearest = ", ".join(str(n * tokens_at_once) for n in (steps, steps + 1) if n > 0)
+        windows, rest = divmod(total_batch_tokens, seq_len * world_size)
+        fitting = f" (or --micro-batch {windows})" if steps == 0 and windows and not rest else ""
+        what = f"TOTAL_BATCH_TOKENS={total_batch_tokens} is not a multiple of B*T*world_size = "
+        what += f"{micro_batch}*{seq_len}*{world_size} = {tokens_at_once}; nearest: {nearest}{fitting}"
+        raise UserError(what, "change --total-batch-tokens, --micro-batch or --seq-len")
+    return steps
 
 
-def _add_recipe(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group("recipe").add_argument
-    add("--micro-batch", type=positive_int_or_auto, help="windows in the model at one time; auto: what fits")
-    add("--total-batch-tokens", type=positive_int, help="tokens of an update, over all ranks and micro-steps")
-    add("--max-steps", type=positive_int, help="updates")
-    add("--warmup-steps", type=non_negative_int, help="updates until the highest learning rate")
-    add("--max-lr", type=positive_float, help="highest learning rate")
-    add("--min-lr", type=non_negative_float, help="learning rate at the end")
-    add("--weight-decay", type=non_negative_float, help="of matrices")
-    add("--grad-clip", type=positive_float, help="largest norm of the gradient")
-    add(
-        "--skip-spikes",
-        type=non_negative_float,
-        metavar="Z",
-        help="skip norms Z sigmas above the mean; 0: none",
-    )
-    add("--seed", type=non_negative_int, help="of weights and data order")
-
-
-def _add_evaluation(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group("evaluation (every N steps and after the last; 0: never)").add_argument
-    add("--val-every", type=non_negative_int, help="steps between validations")
-    add("--val-tokens", type=positive_int, help="tokens of a validation; at most the whole split")
-    add("--hellaswag-every", type=non_negative_int, help="steps between HellaSwag evaluations")
-    add("--hellaswag-examples", type=positive_int, metavar="N", help="the first N of them; default: all")
-    add(
-        "--hellaswag-dir",
-        type=Path,
-        help="folder of hellaswag_val.jsonl; default: hellaswag/, $HELLASWAG_DIR",
-    )
-    add("--sample-every", type=non_negative_int, help="steps between samples")
-    add("--sample-prompt", help="what samples start with")
-    add("--eval-only", action="store_true", help="val loss of --init-from or the newest checkpoint, then end")
-
-
-def _add_running(parser: ArgumentParser) -> None:
-    add = parser.add_argument_group("running").add_argument
-    add("--log-dir", type=Path, help="where everything lands")
-    add(
-        "--resume",
-        nargs="?",
-        const="newest",
-        metavar="CHECKPOINT",
-        help="go on from the newest, or from this one",
-    )
-    add(
-        "--checkpoint-every",
-        type=non_negative_int,
-        help="steps between checkpoints; 0: the last only",
-    )
-    add("--keep-checkpoints", type=positive_int, help="newest checkpoints that can be resumed from")
-    add("--keep-every", type=non_negative_int, help="models of these steps stay; 0: only the last")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of matrix products")
-    add(
-        "--compile",
-        action="store_const",
-        const="on",
-        default="auto",
-        help="torch.compile (auto: where it pays)",
-    )
-    add("--no-compile", dest="compile", action="store_const", const="off", help="no torch.compile")
-    add("--deterministic", action="store_true", help="same bits in every run, where the device can")
-    add("--tensorboard", action="store_true", help="mirror the metrics to TensorBoard, in the log directory")
-    add("--wandb", action="store_true", help="mirror the metrics to Weights & Biases")
-    add("--dry-run", action="store_true", help="say what the run would be and take, then end")
-    add("--cost-per-hour", type=positive_float, help="of all machines together; --dry-run adds the money")
-    add("--dist-timeout", type=positive_float, help="seconds after which a hung rank ends the job")
+def check_training_settings(args: Namespace, world_size: int) -> None:
+    """Raises one UserError that lists everything wrong with the flags of train_gpt.py."""
+    check_installed(tensorboard=args.tensorboard, wandb=args.wandb)
+    problems = []
+    if args.init_from is None and args.n_embd % args.n_head:
+        problems.append(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")
+    if args.warmup_steps > args.max_steps:
+        problems.append(f"--warmup-steps {args.warmup_steps} is more than --max-steps {args.max_steps}")
+    if args.seed >= 2**32:
+        problems.append(f"--seed {args.seed} is not below 2**32")
+    if args.min_lr > args.max_lr:
+        problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
+    try:
+        micro_batch = 1 if args.micro_batch == "auto" else args.micro_batch
+        accumulation_steps(args.total_batch_tokens, micro_batch, args.seq_len, world_size)
+    except UserError as error:
+        problems.append(str(error))
+    if problems:
+        hint = "change the flags named above; python train_gpt.py --help lists all"
+        raise UserError("; ".join(problems), hint)

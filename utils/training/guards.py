@@ -1,23 +1,23 @@
-"""When a run leaves the road: a loss that is no number ends it, a spike of the gradient can be skipped."""
-
-from __future__ import annotations
+"""Stop on a non-finite loss; optionally skip gradient-norm spikes."""
 
 import math
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from utils.errors import Diverged
-from utils.weights.checkpoint import newest_model_file
+from utils.command_line import Diverged
+from utils.distributed import Distributed
 
-WINDOW = 128  # accepted norms that a new one is compared with
-SKIPS_ALLOWED, SKIPS_WATCHED = 10, 100  # more skips than this among so many updates are no single spikes
-DECODED_TOKENS = 24  # of the text that a message quotes
+WINDOW = 128  # accepted norms with which a new one is compared
+MAX_SKIPS, SKIP_WINDOW = 10, 100  # more skips than this among so many updates are no isolated spikes
 
 
 class SpikeFilter:
-    """Skips an update whose gradient norm is far above those of the updates before it.
+    """Skips updates whose gradient norm is far above those of earlier updates (an idea of llm.c).
 
     Args:
         threshold: standard deviations above the mean of the last 128 accepted norms; 0 accepts everything.
@@ -25,14 +25,14 @@ class SpikeFilter:
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.accepted: deque = deque(maxlen=WINDOW)
-        self.skips: deque = deque(maxlen=SKIPS_WATCHED)  # 1 for a skipped update, 0 for another
+        self.accepted: deque[float] = deque(maxlen=WINDOW)
+        self.skips: deque[int] = deque(maxlen=SKIP_WINDOW)  # 1 for a skipped update, else 0
         self.num_skipped = 0
 
     def accepts(self, norm: float) -> bool:
-        """Whether the update with this gradient norm may happen; the same answer on every rank.
+        """Whether to apply the update with this gradient norm; the same answer on every rank.
 
-        A norm that is not finite (fp16) is let through and counted: the scaler skips that update itself.
+        A non-finite norm (fp16) is accepted and counted: the gradient scaler skips that update itself.
 
         Raises:
             Diverged: more than 10 of the last 100 updates would have been skipped.
@@ -45,13 +45,13 @@ class SpikeFilter:
         spike = len(self.accepted) == WINDOW and self._z_score(norm) > self.threshold
         self.skips.append(int(spike))
         if not spike:
-            self.accepted.append(norm)  # an outlier must not widen the distribution that judges the next one
+            self.accepted.append(norm)  # outliers stay out: they would widen the distribution
             return True
         self.num_skipped += 1
-        if sum(self.skips) > SKIPS_ALLOWED:
+        if sum(self.skips) > MAX_SKIPS:
             raise Diverged(
                 f"{sum(self.skips)} of the last {len(self.skips)} updates had a gradient norm more than "
-                f"{self.threshold:g} standard deviations above the mean (allowed: {SKIPS_ALLOWED})",
+                f"{self.threshold:g} standard deviations above the mean (allowed: {MAX_SKIPS})",
                 "resume from an earlier checkpoint with a lower --max-lr",
             )
         return False
@@ -61,62 +61,54 @@ class SpikeFilter:
         std = math.sqrt(sum((value - mean) ** 2 for value in self.accepted) / WINDOW)
         return (norm - mean) / max(std, 1e-12)
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
         return {"accepted": list(self.accepted), "skips": list(self.skips), "num_skipped": self.num_skipped}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
         self.accepted.extend(state["accepted"])
         self.skips.extend(state["skips"])
         self.num_skipped = state["num_skipped"]
 
 
-def stop_if_not_finite(val_loss: float, step: int, log_dir: Path) -> None:
-    """Ends the run before it logs or saves weights whose val loss is no finite number. Raises Diverged."""
+def stop_on_non_finite_val_loss(val_loss: float, step: int, last_good: Path | None) -> None:
+    """Raises Diverged before a non-finite val loss is logged or its weights are saved."""
     if not math.isfinite(val_loss):
-        good = newest_model_file(log_dir) or "none yet"
-        hint = f"lower --max-lr, then --resume; last good checkpoint: {good}"
+        hint = f"lower --max-lr, then --resume; last good checkpoint: {last_good or 'none yet'}"
         if step == 0:
             hint = "use --dtype float32, or give --init-from other weights"
         raise Diverged(f"non-finite val loss at step {step}", hint)
 
 
-def stop_if_diverged(
-    run, step: int, first_window: int, loss: float, norm: float, losses: list[Tensor]
+def stop_on_divergence(
+    step: int,
+    loss: float,
+    norm: float,
+    losses: list[Tensor],
+    scaler: torch.amp.GradScaler,
+    dist: Distributed,
+    describe_batch: Callable[[int], str],
+    last_good: Path | None,
 ) -> None:
-    """Ends the run, on all ranks alike, if the step's loss or gradient norm is no finite number.
+    """Stops all ranks before an update with a non-finite loss or gradient norm.
 
     Args:
-        run: the training script's Run.
-        step, first_window: of the update, which has not happened yet.
-        loss, norm: mean over all ranks, and norm of the exchanged gradient: the same on every rank.
-        losses: of this rank's micro-steps.
+        loss, norm: mean over all ranks, and norm of the reduced gradient: equal on every rank.
+        losses: of this rank's micro-steps; `describe_batch` says what micro-step i trained on.
+        last_good: the newest checkpoint.
 
     Raises:
-        Diverged: with the rank, the micro-step and the text that caused it, where one loss did.
+        Diverged: names rank, micro-step and text of the non-finite loss.
     """
-    # In fp16 a norm that is not finite is GradScaler's daily business: it skips the update and lowers the
-    # scale.
-    scaling = run.scaler.is_enabled()
-    if math.isfinite(loss) and (math.isfinite(norm) or (scaling and run.scaler.get_scale() >= 1)):
+    # In fp16 an infinite norm is normal: the gradient scaler skips the update and lowers the scale.
+    scale_is_usable = scaler.is_enabled() and scaler.get_scale() >= 1
+    if math.isfinite(loss) and (math.isfinite(norm) or scale_is_usable):
         return
-    last_good = newest_model_file(run.args.log_dir) or "none yet"
-    hint = f"lower --max-lr or use --dtype float32, then --resume; last good checkpoint: {last_good}"
+    hint = "lower --max-lr or use --dtype float32, then --resume; "
+    hint += f"last good checkpoint: {last_good or 'none yet'}"
     if math.isfinite(loss):
         raise Diverged(f"non-finite gradient norm at step {step} (loss {loss:.4f}, norm {norm})", hint)
     bad = [i for i, value in enumerate(losses) if not math.isfinite(value.item())]
-    where = [
-        f"rank {rank}, micro-step {i}, {text}"
-        for rank, i, text in filter(None, run.dist.gather(_blame(run, first_window, bad)))
-    ]
-    raise Diverged(f"non-finite loss at step {step} ({'; '.join(where)})", hint)
-
-
-def _blame(run, first_window: int, bad: list[int]) -> tuple[int, int, str] | None:
-    """(rank, micro-step, place and text of its first window) of this rank's first bad loss, or None."""
-    if not bad:
-        return None
-    loader = run.train_loader
-    start = loader.window_at(loader.numbers_of_batch(first_window, bad[0])[0]) * loader.seq_len
-    name, position = loader.stream.locate(start)
-    text = run.tokenizer.decode(loader.stream.read(start, DECODED_TOKENS))
-    return run.dist.rank, bad[0], f"{name} position {position}, text {text!r}"
+    mine = f"rank {dist.rank}, micro-step {bad[0]}, {describe_batch(bad[0])}" if bad else None
+    raise Diverged(f"non-finite loss at step {step} ({'; '.join(filter(None, dist.gather(mine)))})", hint)

@@ -1,6 +1,4 @@
-"""The log directory of a run: one writer at a time, and nothing in it is truncated or overwritten later."""
-
-from __future__ import annotations
+"""The log directory of a run: one writer at a time, and nothing in it is ever overwritten by a later run."""
 
 import contextlib
 import errno
@@ -8,90 +6,70 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
+from utils.command_line import UserError
 from utils.distributed import Distributed
-from utils.errors import UserError
+from utils.files import locked, remove_temporary_files
 from utils.weights.checkpoint import step_of
 
-LOGS = ("log.txt", "metrics.jsonl", "samples.txt")  # what a resumed run cuts back to its checkpoint
-# All that a run writes: what a later one moves away. Other files in the folder are not ours to move.
-OURS = (
+LOGS = ("log.txt", "metrics.jsonl", "samples.txt")  # a resumed run cuts these back to its checkpoint
+# Everything that a run writes, and a later run archives. Other files in the directory are left alone.
+RUN_FILES = (
     *("model_*.pt", "optimizer_*.pt", *LOGS, *(f"{name}.stale" for name in LOGS)),
     *("curves.png", "report.md", "tensorboard", "wandb", "wandb_id.txt"),
 )
 
 
 @contextlib.contextmanager
-def locked(log_dir: Path) -> Iterator[None]:
-    """Makes the folder and holds it against a second run; the system lets go of it however this process ends.
-
-    Raises:
-        UserError: nothing can be written there, or another live process holds it; the message names it.
-    """
-    from filelock import FileLock, Timeout  # comes with torch
-
-    lock, holder = FileLock(str(log_dir / ".lock"), timeout=0), log_dir / ".lock-holder"
-    try:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        sweep(log_dir)  # first of all: this may be what fills the disk
-        holder.unlink(missing_ok=True)  # a full disk would have room for as many bytes again
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
-    except Timeout as error:
+def locked_log_dir(log_dir: Path) -> Iterator[None]:
+    """Creates and locks the directory. Raises UserError if another run uses it or it cannot be written."""
+    holder = log_dir / ".lock-holder"
+    with contextlib.ExitStack() as stack:
         try:
-            who = "pid {pid} on host {host} since {since}".format(**json.loads(holder.read_text()))
-        except (OSError, ValueError):
-            who = "another process"
-        raise UserError(
-            f"log dir {str(log_dir)!r} is in use by {who}",
-            "wait for it, stop it, or give --log-dir another folder",
-        ) from error
-    except OSError as error:
-        lock.release()
-        full = error.errno == errno.ENOSPC
-        hint = "make room on the disk" if full else "give --log-dir a folder you can write to"
-        raise UserError(f"cannot write to log dir {log_dir}: {error.strerror}", hint) from error
-    try:
+            log_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(log_dir / ".lock"))
+            for name in remove_temporary_files(log_dir):  # first: they may be what fills the disk
+                print(f"removed {name}: an earlier run was stopped while writing it")
+            holder.unlink(missing_ok=True)  # a full disk has room for as many bytes again
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        except BlockingIOError as error:
+            try:
+                who = "pid {pid} on host {host} since {since}".format(**json.loads(holder.read_text()))
+            except (OSError, ValueError):
+                who = "another process"
+            what = f"log dir {str(log_dir)!r} is in use by {who}"
+            raise UserError(what, "wait for it, stop it, or give --log-dir another folder") from error
+        except OSError as error:
+            full = error.errno == errno.ENOSPC
+            hint = "make room on the disk" if full else "give --log-dir a folder you can write to"
+            raise UserError(f"cannot write to log dir {log_dir}: {error.strerror}", hint) from error
         yield
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager
 def reserved(log_dir: Path, dist: Distributed) -> Iterator[None]:
-    """`locked`, by the one rank that writes."""
-    with contextlib.ExitStack() as held:
-        dist.on_master(lambda: held.enter_context(locked(log_dir)))
+    """`locked_log_dir` on rank 0, which is the only one that writes; its errors are raised on all ranks."""
+    with contextlib.ExitStack() as stack:
+        dist.on_master(lambda: stack.enter_context(locked_log_dir(log_dir)))
         yield
 
 
-def sweep(log_dir: Path) -> None:
-    """Removes what a killed run was in the middle of writing; call it under the lock."""
-    for torn in log_dir.glob(".*.tmp-*"):
-        print(f"removed {torn.name}: an earlier run was stopped while writing it")
-        torn.unlink()
-
-
 def written(log_dir: Path) -> list[str]:
-    """Names, or their patterns, of what a run has left in its log directory."""
-    return [pattern for pattern in OURS if any(log_dir.glob(pattern))]
+    """Names, or patterns of names, of what a run has written to its log directory."""
+    return [pattern for pattern in RUN_FILES if any(log_dir.glob(pattern))]
 
 
 def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | None:
-    """Moves what an earlier run left to `archive/<time of its first file>/`.
+    """Moves the files of an earlier run to `archive/<time of its first file>/`.
 
-    Checkpoints go first, one rename each, so that a kill halfway leaves no checkpoint without its log.
-
-    Args:
-        checkpoints_after: moves only the checkpoints of later steps than this one.
-
-    Returns:
-        The folder, or None if there was nothing to move.
+    Checkpoints go first, one rename each, so that a kill halfway leaves no checkpoint without its log. With
+    `checkpoints_after`, moves only the checkpoints of later steps. Returns the folder, or None if there was
+    nothing to move.
     """
-    files = [path for pattern in OURS for path in log_dir.glob(pattern)]
+    files = [path for pattern in RUN_FILES for path in log_dir.glob(pattern)]
     if checkpoints_after is not None:
         files = [path for path in files if path.suffix == ".pt" and step_of(path) > checkpoints_after]
     if not files:
@@ -109,25 +87,22 @@ def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | N
 
 
 def log_sizes(log_dir: Path) -> dict[str, int]:
-    """Bytes of each log, to be saved with a checkpoint."""
+    """Size of each log in bytes, to be saved with a checkpoint."""
     return {name: (log_dir / name).stat().st_size for name in LOGS if (log_dir / name).exists()}
 
 
 def cut_logs_back(log_dir: Path, sizes: dict[str, int]) -> None:
-    """Cuts each log to its size at the checkpoint, or to whole lines; the rest is added to `<name>.stale`."""
+    """Cuts each log back to its size at the checkpoint; the rest is appended to `<name>.stale`."""
     for name in LOGS:
         path, size = log_dir / name, sizes.get(name, 0)
         found = path.stat().st_size if path.exists() else 0
         if found < size:
             print(f"warning: {path} has {found:,} bytes and had {size:,} at the checkpoint: lines are lost")
-            size = path.read_bytes().rfind(b"\n") + 1 if found else 0  # the next line needs a line of its own
-        if found <= size:
-            continue
-        with open(path, "r+b") as file:
-            file.seek(size)
-            tail = file.read()
-            with open(path.with_name(f"{name}.stale"), "ab") as stale:
-                stale.write(tail)
+            size = path.read_bytes().rfind(b"\n") + 1 if found else 0  # keep whole lines only
+        if found > size:
+            with open(path, "r+b") as file, open(path.with_name(f"{name}.stale"), "ab") as stale:
+                file.seek(size)
+                stale.write(file.read())
                 stale.flush()
-                os.fsync(stale.fileno())
-            file.truncate(size)
+                os.fsync(stale.fileno())  # before the lines are cut off: a power cut must not lose them
+                file.truncate(size)

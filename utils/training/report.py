@@ -1,29 +1,152 @@
-"""log/report.md: a finished run on one page, from what it wrote down.
+"""The logs of a run read back: log/curves.png, and log/report.md about a finished run.
 
-python -m utils.training.report log
+`python -m utils.training.report log` writes the report again.
 """
 
-from __future__ import annotations
-
+import json
+import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.command_line import ArgumentParser
-from utils.errors import UserError, run_script
+from utils.command_line import ArgumentParser, UserError, format_duration, perplexity, run_script
 from utils.files import whole_file
-from utils.hellaswag.results import standard_error
-from utils.training.plotting import HELLASWAG_REFERENCES, read_log, read_metrics
-from utils.training.run_log import format_duration, perplexity
+from utils.hellaswag.results import PUBLISHED_GPT2, standard_error
 
-HELLASWAG_EXAMPLES = 10042  # of the validation split, where a record does not say how many it used
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# acc_norm, completion style, of the models that a 124M run is compared with.
+HELLASWAG_REFERENCES = {
+    "GPT-2 124M": PUBLISHED_GPT2["completion"]["gpt2"].acc_norm,
+    "GPT-3 124M": 0.337,  # Brown et al. 2020, table H.1
+}
+# Val losses that users of build-nanogpt published for its recipe, which is that of the preset gpt2.
+PUBLISHED_VAL_LOSSES = {250: 6.163, 1000: 4.153, 1250: 3.952, 19073: 3.04}
+PUBLISHED_RECIPE = dict(
+    n_layer=12, n_head=12, n_embd=768, seq_len=1024, total_batch_tokens=524288, max_steps=19073,
+    warmup_steps=715, max_lr=6e-4, min_lr=6e-5, weight_decay=0.1, grad_clip=1.0,
+)  # fmt: skip
+HELLASWAG_EXAMPLES = 10042  # of the validation split, where a record does not say how many were used
+
+
+def read_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Reads log.txt as {kind: (steps, values)}, without an incomplete last line."""
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        words = line.split()
+        if len(words) == 3 and line.endswith("\n"):
+            steps, values = curves.setdefault(words[1], ([], []))
+            steps.append(int(words[0]))
+            values.append(float(words[2]))
+    return curves
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads the records of metrics.jsonl, none if it is missing, without an incomplete last line."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def published_val_losses(records: list[dict[str, Any]]) -> dict[int, float]:
+    """{step: val loss} that others published for the recipe of this run; empty for any other recipe.
+
+    They belong to FineWeb-Edu: on other shards they are a reference, not an expectation.
+    """
+    settings = next((record["settings"] for record in records if record["kind"] == "run"), {})
+    # isclose: the default of min_lr is max_lr / 10, which is not 6e-5 to the last bit.
+    same = all(math.isclose(settings.get(name, 0), value) for name, value in PUBLISHED_RECIPE.items())
+    same = same and settings.get("tokenizer") == "gpt2" and settings.get("init_from") is None
+    return PUBLISHED_VAL_LOSSES if same else {}
+
+
+def smoothed(values: list[float], memory: float = 0.95) -> list[float]:
+    """Exponential moving average without the bias towards the start (Kingma & Ba 2015, section 3)."""
+    average, result = 0.0, []
+    for count, value in enumerate(values, 1):
+        average = memory * average + (1 - memory) * value
+        result.append(average / (1 - memory**count))
+    return result
+
+
+def plot_run(log_dir: Path) -> Path | None:
+    """Draws `curves.png` in the log directory; returns its path, or None where nothing was logged.
+
+    Raises:
+        UserError: matplotlib is missing.
+    """
+    figure = new_figure()
+    curves = read_log(log_dir / "log.txt")
+    if not curves:
+        return None
+    records = read_metrics(log_dir / "metrics.jsonl")
+    rates = [(record["step"], record["lr"]) for record in records if record["kind"] == "train"]
+    panels = 3 if "hella" in curves else 2
+    figure.set_size_inches(10, 3.6 * 2 if panels == 3 else 5.6)
+    axes = figure.subplots(panels, 1, sharex=True, height_ratios=[3, 1, 1.5][:panels])
+    _draw_losses(axes[0], curves, published_val_losses(records))
+    if rates:
+        axes[1].plot(*zip(*rates), color="tab:green")
+    axes[1].set_ylabel("learning rate")
+    axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if panels == 3:
+        axes[2].plot(*curves["hella"], color="tab:red", marker="o", markersize=3)
+        draw_hellaswag_references(axes[2])
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("step")
+    return save_picture(figure, log_dir / "curves.png")
+
+
+def _draw_losses(axis: "Axes", curves: dict[str, tuple], published: dict[int, float]) -> None:
+    if "train" in curves:
+        steps, losses = curves["train"]
+        axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="train")
+        axis.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.6, label="train, smoothed")
+    if "val" in curves:
+        steps, losses = curves["val"]
+        style = dict(color="tab:orange", marker="o", markersize=4, linewidth=1.6)
+        axis.plot(steps, losses, label=f"val (last {losses[-1]:.4f})", **style)
+    reached = max((max(steps, default=0) for steps, _ in curves.values()), default=0)
+    if points := [(step, loss) for step, loss in published.items() if step <= reached]:
+        style = dict(color="gray", marker="x", linestyle="none", zorder=3)
+        axis.plot(*zip(*points), label="val published for this recipe on FineWeb-Edu", **style)
+    axis.set_ylabel("loss (nats per token)")
+    axis.legend()
+
+
+def draw_hellaswag_references(axis: "Axes") -> None:
+    """Draws dashed lines at the accuracies of GPT-2 and GPT-3."""
+    for name, accuracy in HELLASWAG_REFERENCES.items():
+        axis.axhline(accuracy, color="gray", linestyle="--", linewidth=1)
+        place = dict(xycoords=("axes fraction", "data"), va="top", color="gray")
+        axis.annotate(f"{name} {accuracy:.4f}", (0.005, accuracy), **place)
+    axis.set_ylabel("HellaSwag accuracy")
+
+
+def new_figure() -> "Figure":
+    """An empty figure that needs no display. Raises UserError if matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError("matplotlib is not installed", "pip install matplotlib") from error
+    return Figure(layout="constrained")
+
+
+def save_picture(figure: "Figure", path: Path) -> Path:
+    """Writes a PNG, which appears when it is complete, and returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with whole_file(path, "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
+    return path
 
 
 def write_report(log_dir: Path) -> Path:
-    """Writes `report.md` from log.txt, metrics.jsonl and samples.txt.
-
-    Returns:
-        Its path.
+    """Writes `report.md` from log.txt, metrics.jsonl and samples.txt, and returns its path.
 
     Raises:
         UserError: the directory holds no run, or only the start of one.
@@ -34,10 +157,9 @@ def write_report(log_dir: Path) -> Path:
     curves = read_log(log_dir / "log.txt") if (log_dir / "log.txt").is_file() else {}
     if not starts or not curves:
         raise UserError(f"{log_dir} holds no run to report on", "give the log directory of train_gpt.py")
-    updates = [r for r in records if r["kind"] == "train"]
     sections = [
         f"# Run of {starts[0]['settings'].get('preset', 'train_gpt.py')} in {log_dir.name}/",
-        table("Result", results(starts[-1], updates, records, curves)),
+        table("Result", results(starts[-1], records, curves)),
         "![losses, learning rate, HellaSwag](curves.png)" if (log_dir / "curves.png").exists() else "",
         samples_section(log_dir / "samples.txt"),
         table("Environment", {**environment(starts), **starts[-1].get("reasons", {})}),
@@ -58,37 +180,38 @@ def table(title: str, rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def results(start: dict, updates: list[dict], records: list[dict], curves: dict) -> dict[str, str]:
-    """What the run reached, and what it took: rows of a table.
+def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[str, tuple]) -> dict[str, str]:
+    """What the run reached and what it took, as rows of a table.
 
     Args:
         start: the last "run" record: settings and parameters.
-        updates: the "train" records.
-        records: all of them.
+        records: all records of metrics.jsonl.
         curves: of log.txt.
     """
-    settings = start["settings"]
+    settings, updates = start["settings"], [r for r in records if r["kind"] == "train"]
     rows = {"parameters": f"{start['parameters']:,}"}
     steps = updates[-1]["step"] + 1 if updates else 0
-    # Counted where the end was validated: the batch may have changed at a resume.
+    # The last validation has counted the tokens: the batch may have changed at a resume.
     counted = {r["step"]: r["tokens"] for r in records if r["kind"] == "val"}
     tokens = counted.get(steps, len(updates) * settings["total_batch_tokens"])
-    done = "" if steps >= settings["max_steps"] else f" of {settings['max_steps']:,}: the run is not complete"
-    rows["steps"] = f"{steps:,}{done}"
+    rest = "" if steps >= settings["max_steps"] else f" of {settings['max_steps']:,}: the run is not complete"
+    rows["steps"] = f"{steps:,}{rest}"
     rows["training tokens"] = f"{tokens:,}"
     if updates:
         rows.update(speed(updates, settings["total_batch_tokens"]))
     if "val" in curves:
         step, loss = curves["val"][0][-1], curves["val"][1][-1]
         rows["val loss"] = f"{loss:.4f} nats per token after step {step:,}"
+        if published := published_val_losses(records).get(step):
+            rows["val loss"] += f" (published for this recipe on FineWeb-Edu: {published})"
         rows["val perplexity"] = perplexity(loss)
     if "hella" in curves:
-        rows["HellaSwag"] = hellaswag_words(curves, records, settings)
+        rows["HellaSwag"] = hellaswag_result(curves, records, settings)
     return rows
 
 
-def speed(updates: list[dict], tokens_per_step: int) -> dict[str, str]:
-    """Time, speed and memory of the updates; evaluations are not in them."""
+def speed(updates: list[dict[str, Any]], tokens_per_step: int) -> dict[str, str]:
+    """Time, speed and memory of the updates, without evaluations."""
     seconds = sorted(r["seconds"] for r in updates)
     total, median = sum(seconds), seconds[len(seconds) // 2]
     rows = {
@@ -104,7 +227,9 @@ def speed(updates: list[dict], tokens_per_step: int) -> dict[str, str]:
     return rows
 
 
-def hellaswag_words(curves: dict, records: list[dict], settings: dict) -> str:
+def hellaswag_result(
+    curves: dict[str, tuple], records: list[dict[str, Any]], settings: dict[str, Any]
+) -> str:
     """The last accuracy with its standard error, beside the published ones."""
     step, accuracy = curves["hella"][0][-1], curves["hella"][1][-1]
     last = next((r for r in reversed(records) if r["kind"] == "hella"), {})
@@ -117,22 +242,22 @@ def hellaswag_words(curves: dict, records: list[dict], settings: dict) -> str:
     )
 
 
-def environment(starts: list[dict]) -> dict[str, Any]:
-    """Versions and devices; more than one row of a kind if a resumed run changed them."""
-    rows: dict[str, Any] = {}
+def environment(starts: list[dict[str, Any]]) -> dict[str, str]:
+    """Versions and devices; several values where a resumed run changed them."""
+    rows: dict[str, list[str]] = {}
     for start in starts:
         for name, value in start.get("environment", {}).items():
             seen = rows.setdefault(name, [])
             if str(value) not in seen:
                 seen.append(str(value))
-    words = {name: ", then ".join(values) for name, values in rows.items()}
+    texts = {name: ", then ".join(values) for name, values in rows.items()}
     if len(starts) > 1:
-        words["starts"] = ", ".join(f"step {start.get('step', 0)}" for start in starts)
-    return words
+        texts["starts"] = ", ".join(f"step {start.get('step', 0)}" for start in starts)
+    return texts
 
 
 def samples_section(path: Path) -> str:
-    """The samples of the last time, in a block whose fence no sample can close; empty if there are none."""
+    """The last samples, in a code block whose fence no sample can close; empty if there are none."""
     if not path.is_file():
         return ""
     parts = path.read_text(encoding="utf-8").split("\n--- step ")
@@ -149,9 +274,7 @@ def samples_section(path: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = ArgumentParser(
-        prog="-m utils.training.report", description="Write report.md for a finished run."
-    )
+    parser = ArgumentParser(prog="-m utils.training.report", description="Write report.md about a run.")
     parser.add_argument("log_dir", type=Path, help="log directory of train_gpt.py")
     print(write_report(parser.parse_args(argv).log_dir))
     return 0

@@ -1,11 +1,9 @@
-"""Checkpoints: a crash while writing leaves the old file or the new one, reading a bad file does no harm.
+"""Checkpoints: written atomically, verified when they are read.
 
-`model_{step:05d}.pt` holds what one shares: weights, configuration, tokenizer; `optimizer_{step:05d}.pt` what
-resuming also needs. Both hold plain values and tensors only, so `torch.load(..., weights_only=True)` reads
-them, and names of weights carry no `module.` or `_orig_mod.`.
+`model_{step:05d}.pt` is what one shares: weights, configuration, tokenizer; `optimizer_{step:05d}.pt` holds
+what resuming also needs. Both contain plain values and tensors only, so `torch.load(..., weights_only=True)`
+reads them, and parameter names carry no `module.` or `_orig_mod.` prefix.
 """
-
-from __future__ import annotations
 
 import errno
 import os
@@ -14,85 +12,120 @@ import re
 import shutil
 import uuid
 import zipfile
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from utils.distributed import environment_rank
-from utils.errors import UserError
-from utils.files import sync_folder, temporary_name
+from utils.command_line import UserError
+from utils.files import sync_folder, whole_file
+from utils.runtime import check_torch_version
 from utils.weights.foreign_checkpoints import conversion_command, convert, is_foreign
 
 FORMAT, VERSION = "minigpt-ckpt", 1
 
 
+class Checkpoint(NamedTuple):
+    """The two files of a checkpoint."""
+
+    path: Path  # of the model file
+    model: dict[str, Any]  # its content, see `load_model_file`
+    state: dict[str, Any]  # content of the optimizer file
+
+
 def model_path(log_dir: Path, step: int) -> Path:
-    """Where the model after `step` updates is saved."""
+    """The model file of a checkpoint after `step` updates."""
     return log_dir / f"model_{step:05d}.pt"
 
 
 def state_path(model_file: Path) -> Path:
-    """The twin of a model file: what resuming also needs."""
+    """The optimizer file that belongs to a model file."""
     return model_file.with_name(model_file.name.replace("model_", "optimizer_", 1))
 
 
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint's file, or -1."""
+    number = path.stem.partition("_")[2]
+    return int(number) if number.isdecimal() else -1
+
+
 def model_files(log_dir: Path) -> list[Path]:
-    """The models in a log directory, by step."""
+    """The model files in a log directory, sorted by step."""
     return sorted((path for path in log_dir.glob("model_*.pt") if step_of(path) >= 0), key=step_of)
 
 
 def newest_model_file(log_dir: Path) -> Path | None:
-    """The model of the latest step in a log directory, or None."""
+    """The model file of the latest step in a log directory, or None."""
     return next(reversed(model_files(log_dir)), None)
 
 
-def step_of(path: Path) -> int:
-    """The number in a checkpoint's name; -1 if there is none."""
-    number = path.stem.partition("_")[2]
-    return int(number) if number.isdigit() else -1
+def pair_bytes(num_parameters: int) -> tuple[int, int]:
+    """Bytes of a model file and of its optimizer file: float32 weights, and AdamW's two moments of each."""
+    return 4 * num_parameters, 8 * num_parameters
 
 
-def torch_version() -> tuple[int, ...]:
-    """Major and minor number of this PyTorch."""
-    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+def free_space(log_dir: Path, model: torch.nn.Module) -> str:
+    """The free disk space and what a checkpoint needs, as text."""
+    needed = sum(pair_bytes(sum(p.numel() for p in model.parameters())))
+    return f"free {shutil.disk_usage(log_dir).free / 1e6:,.1f} MB, need {needed / 1e6:,.1f} MB"
+
+
+def checkpoints_to_keep(
+    steps: Collection[int], keep_pairs: int, keep_every: int, final_step: int
+) -> tuple[set[int], set[int]]:
+    """The retention rule: (steps whose model file is kept, steps whose optimizer file is kept).
+
+    Of `steps`, those of checkpoints with both files, the newest `keep_pairs` (at least 1) keep both. The
+    final step and the multiples of `keep_every` (0: none) keep their models.
+    """
+    newest = set(sorted(steps)[-keep_pairs:])
+    milestones = {step for step in steps if step == final_step or (keep_every and step % keep_every == 0)}
+    return newest | milestones, newest
+
+
+def prune(
+    log_dir: Path, keep_pairs: int, keep_every: int, final_step: int, resumed_from: Path | None
+) -> None:
+    """Deletes the checkpoints that `checkpoints_to_keep` does not list; call it after a new one is written.
+
+    The checkpoint `resumed_from`, a model file in `log_dir`, is kept too, and so is every model file without
+    an optimizer file. An optimizer file without a model file is deleted.
+    """
+    states = {step_of(path): path for path in log_dir.glob("optimizer_*.pt") if step_of(path) >= 0}
+    pairs = [step for step in states if model_path(log_dir, step).exists()]
+    models, optimizers = checkpoints_to_keep(pairs, keep_pairs, keep_every, final_step)
+    protected = set() if resumed_from is None else {step_of(resumed_from)}
+    for step in states.keys() - optimizers - protected:
+        if step not in models:
+            model_path(log_dir, step).unlink(missing_ok=True)
+        states[step].unlink()
 
 
 def versions() -> dict[str, str]:
-    """What computed the weights, for the record."""
+    """Versions of what computes the weights."""
     return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
 
 
 def model_content(
     model: torch.nn.Module, config: dict, step: int, val_loss: float | None, tokenizer_state: dict
 ) -> dict[str, Any]:
-    """What a model file holds.
+    """The content of a model file, of the raw module, neither compiled nor wrapped.
 
-    Args:
-        model: the raw module, neither compiled nor wrapped.
-        config: GPTConfig's fields.
-        step: updates done.
-        val_loss: the last one measured, in nats.
-        tokenizer_state: what `tokenizer_from_state` reads.
+    `config` holds the fields of its GPTConfig, `step` is the number of completed updates, `val_loss` the last
+    one measured, in nats, and `tokenizer_state` what `tokenizer_from_state` reads.
     """
-    return {
-        "model": model.state_dict(),
-        "config": config,
-        "step": step,
-        "val_loss": val_loss,
-        "tokenizer": tokenizer_state,
-        "versions": versions(),
-    }
+    content = dict(model=model.state_dict(), config=config, step=step, val_loss=val_loss)
+    return dict(content, tokenizer=tokenizer_state, versions=versions())
 
 
 def save_pair(log_dir: Path, step: int, model: dict[str, Any], state: dict[str, Any]) -> Path:
-    """Writes both files of a checkpoint, under one random id.
+    """Writes both files of a checkpoint, marked with a common random id; returns the model file.
 
-    The state goes first: a model file that has its twin is a complete point to resume from.
-
-    Raises:
-        OSError, RuntimeError: the disk is full or the like; earlier files are untouched.
+    The optimizer file appears first, so a model file that has one is complete and can be resumed from. Raises
+    OSError or RuntimeError if the disk is full, for example; earlier files are then untouched.
     """
     head = {"format": FORMAT, "version": VERSION, "save_id": uuid.uuid4().hex}
     path = model_path(log_dir, step)
@@ -100,161 +133,112 @@ def save_pair(log_dir: Path, step: int, model: dict[str, Any], state: dict[str, 
     return path
 
 
-def free_space(log_dir: Path, model: torch.nn.Module) -> str:
-    """Free space beside what a pair needs: weights, two moments, all float32."""
-    need = 3 * 4 * sum(p.numel() for p in model.parameters())
-    return f"free {shutil.disk_usage(log_dir).free / 1e6:,.1f} MB, need {need / 1e6:,.1f} MB"
+def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:
+    """Writes several files with torch.save; none appears before all are flushed and have been read back.
 
-
-def prune(
-    log_dir: Path, keep_pairs: int, keep_every: int, final_step: int, resumed_from: Path | None
-) -> None:
-    """Deletes old checkpoints, after a new one is safe.
-
-    Kept: the newest `keep_pairs` pairs, models at multiples of `keep_every`, the final model, and what this
-    run resumed from.
+    They appear in the order of `contents`, each on disk before the next: only a kill between two renames can
+    leave a new file beside an old one.
     """
-    pairs = [path for path in model_files(log_dir) if state_path(path).exists()]
-    recent = set(pairs[-keep_pairs:])
-    for state in log_dir.glob("optimizer_*.pt"):
-        model = model_path(log_dir, step_of(state))
-        if step_of(state) < 0 or model in recent or model == resumed_from:
-            continue
-        milestone = step_of(state) == final_step or (keep_every and step_of(state) % keep_every == 0)
-        if model.exists() and not milestone:
-            model.unlink()
-        state.unlink()
+    with ExitStack() as renames:  # last in, first out
+        for path, content in reversed(contents.items()):
+            renames.callback(sync_folder, path.parent)
+            file = renames.enter_context(whole_file(path, "wb"))
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+            with zipfile.ZipFile(file.name) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise OSError(f"{path} was not written correctly: checksum mismatch in {damaged}")
 
 
-def newest_complete(log_dir: Path, say=print) -> tuple[Path, dict, dict] | None:
-    """The newest checkpoint that can be resumed from, or None; damaged ones are named and passed over.
+def newest_complete(log_dir: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest checkpoint that can be resumed from, or None if there is no model file.
 
-    Returns:
-        (path of the model file, its content, content of its twin).
+    Those without an optimizer file are skipped, damaged ones with a warning. Raises UserError if there are
+    model files, but none can be resumed from.
     """
-    for path in reversed(model_files(log_dir)):
-        if not state_path(path).exists():
-            continue
-        try:
-            return (path, *load_pair(path))
-        except UserError as error:
-            say(f"warning: {error}; trying the one before")
-    if model_files(log_dir):
-        raise UserError(
-            f"none of the {len(model_files(log_dir))} model files in {log_dir} can be resumed from "
-            "(damaged, or without their optimizer_*.pt)",
-            "copy one back with its twin, or start anew without --resume",
-        )
-    return None
+    paths = model_files(log_dir)
+    for path in reversed(paths):
+        if state_path(path).exists():
+            try:
+                return load_pair(path)
+            except UserError as error:
+                say(f"warning: {error}; trying the one before")
+    if not paths:
+        return None
+    what = f"none of the {len(paths)} model files in {log_dir} can be resumed from"
+    hint = "restore one together with its optimizer_*.pt, or start a new run without --resume"
+    raise UserError(f"{what} (damaged, or without their optimizer_*.pt)", hint)
 
 
-def load_pair(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads both files of a checkpoint. Raises UserError unless both are whole and belong together."""
-    model, state = load_model_file(path, warn=False), load_checked(state_path(path))
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+def load_pair(path: Path) -> Checkpoint:
+    """Reads both files of a checkpoint. Raises UserError unless both are intact and were saved together."""
+    model, state = load_model_file(path), load_checked(state_path(path))
+    if not _is_ours(state):
         raise UserError(f"{state_path(path)} is not a checkpoint of this project", "resume from another one")
     if model.get("save_id") != state.get("save_id"):
-        raise UserError(
-            f"{path} and {state_path(path).name} were not saved together", "resume from another checkpoint"
-        )
-    return model, state
+        what = f"{path} and {state_path(path).name} were not saved together"
+        raise UserError(what, "resume from another checkpoint")
+    return Checkpoint(path, model, state)
 
 
-def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:
-    """torch.save of several files to temporary names, flushed and read back; only then renamed, in order.
+def load_model_file(path: str | Path) -> dict[str, Any]:
+    """The content of a model file, see `model_content`, or of a checkpoint of nanoGPT or build-nanogpt.
 
-    So only a kill between two renames can leave one file of a new pair beside one of the old.
+    Raises UserError if the file is missing, damaged or not such a checkpoint.
     """
-    temporary = {path: temporary_name(path) for path in contents}
-    try:
-        for path, content in contents.items():
-            with open(temporary[path], "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            damaged = zipfile.ZipFile(temporary[path]).testzip()
-            if damaged is not None:
-                raise OSError(f"{temporary[path]} came back damaged from the disk ({damaged})")
-        for path in contents:
-            os.replace(temporary[path], path)
-            sync_folder(path.parent)
-    finally:
-        for path in contents:
-            temporary[path].unlink(missing_ok=True)
+    path = Path(path)
+    content = load_checked(path)
+    if not _is_ours(content) and is_foreign(content):
+        return convert(content, path)
+    if not _is_ours(content) or "config" not in content:
+        hint = "give a model_*.pt that train_gpt.py wrote"
+        raise UserError(f"{path} is not a checkpoint of this project", hint)
+    if content.get("version") != VERSION:
+        what = f"{path} has format version {content.get('version')} (expected {VERSION})"
+        raise UserError(what, "use the version of this project that wrote it")
+    return content
 
 
-def load_model_file(path: str | Path, warn: bool = True) -> dict[str, Any]:
-    """Reads a model file.
-
-    Args:
-        warn: print a warning where this PyTorch is known to run code from files that only pretend to be
-            plain.
-
-    Returns:
-        dict with model (state dict), config (dict), step, val_loss, tokenizer (what `tokenizer_from_state`
-        reads) and versions.
-
-    Checkpoints of nanoGPT and build-nanogpt become such a dict, too.
-
-    Raises:
-        UserError: missing, damaged, or not a checkpoint that can be read here.
-    """
-    if warn and environment_rank() == 0 and torch_version() < (2, 10):
-        print(
-            f"warning: torch {torch.__version__} has known holes in weights_only (CVE-2025-32434 below 2.6, "
-            "CVE-2026-24747 below 2.10); only load checkpoints of your own"
-        )
-    content = load_checked(Path(path))
-    if isinstance(content, dict) and content.get("format") == FORMAT and "config" in content:
-        if content.get("version") != VERSION:
-            what = f"{path} is of format version {content.get('version')} (expected {VERSION})"
-            raise UserError(what, "use the version of this project that wrote it")
-        return content
-    if is_foreign(content):
-        return convert(content, Path(path))
-    raise UserError(
-        f"{path} is not a checkpoint of this project", "give a model_*.pt that train_gpt.py wrote"
-    )
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def load_checked(path: Path) -> Any:
-    """torch.load of plain values and tensors, after the archive's checksums have been compared.
+    """torch.load of plain values and tensors onto the CPU, after the archive's checksums were verified.
 
-    torch.load itself compares none: a flipped byte would load as a wrong weight.
+    Raises UserError if the file is missing, damaged or holds code, or if PyTorch is too old to refuse code.
     """
+    check_torch_version()
     if not path.is_file():
-        raise UserError(
-            f"no checkpoint at {path}", "python train_gpt.py writes log/model_*.pt; ls log/ lists them"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            # No checksum covers this bit: torch reads nothing into a tensor that is marked as a folder.
-            folders = [entry.filename for entry in archive.infolist() if entry.external_attr & 0x10]
-            damaged = damaged or next(iter(folders), None)
-    except Exception as error:  # damaged headers fail in many ways
-        # One of them sends zipfile to a place before the file's beginning.
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise UserError(
-                f"cannot read checkpoint {path}: {error.strerror or error}", "look at its owner and its disk"
-            ) from error
-        damaged = "no archive"
-    if damaged is not None:
-        raise UserError(
-            f"checkpoint {path} is damaged (truncated or not fully copied)",
-            "copy it again or use an earlier one",
-        )
+        hint = "python train_gpt.py writes log/model_*.pt; ls log/ lists them"
+        raise UserError(f"no checkpoint at {path}", hint)
+    if not _is_intact(path):
+        what = f"checkpoint {path} is damaged (truncated or not fully copied)"
+        raise UserError(what, "copy it again or use an earlier one")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError for code, RuntimeError for other archives
-        # In our words: torch's would suggest to switch the protection off.
+    except Exception as error:  # UnpicklingError for code, RuntimeError for other archives
+        # Without torch's message, which suggests weights_only=False.
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if code and code.group(1) == "__main__.GPTConfig":
-            raise UserError(
-                f"refusing to load {path}: its config is a pickled object (__main__.GPTConfig)",
-                f"convert it, if it is build-nanogpt's (torch 2.4 or newer): {conversion_command(path)}",
-            ) from error
-        what = f"contains code ({code.group(1)})" if code else "is no archive of plain values and tensors"
-        raise UserError(
-            f"refusing to load {path}: {what}", "use a checkpoint that train_gpt.py wrote"
-        ) from error
+        what = f"it contains code ({code[1]})" if code else "it is not an archive of plain values and tensors"
+        hint = "use a checkpoint that train_gpt.py wrote"
+        if code and code[1] == "__main__.GPTConfig":
+            what = "its config is a pickled object (__main__.GPTConfig)"
+            hint = f"if build-nanogpt wrote it, convert it: {conversion_command(path)}"
+        raise UserError(f"refusing to load {path}: {what}", hint) from error
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether an archive's checksums are right; torch.load verifies none. Raises UserError if unreadable."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # No checksum covers the directory bit of an entry, whose data torch would not read.
+            has_directories = any(entry.external_attr & 0x10 for entry in archive.infolist())
+            return archive.testzip() is None and not has_directories
+    except Exception as error:  # damaged headers raise many types, EINVAL for a negative offset
+        if not isinstance(error, OSError) or error.errno == errno.EINVAL:
+            return False
+        what = f"cannot read checkpoint {path}: {error.strerror or error}"
+        raise UserError(what, "check its permissions and the disk") from error

@@ -1,73 +1,57 @@
-"""OpenAI's GPT-2 and folders of transformers: weights as a state dict of ours, and their tokenizer."""
-
-from __future__ import annotations
+"""OpenAI's GPT-2 and folders of transformers: their weights as a state dict of ours, and their tokenizer."""
 
 import json
 import pickle
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.command_line import UserError
 from utils.tokenizer import GPT2Tokenizer
 
-# OpenAI's code multiplied by (in, out) matrices, a Linear holds (out, in): these four are transposed.
+# OpenAI's code multiplies by (in, out) matrices, nn.Linear stores (out, in): these four are transposed.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints store beside the weights
 
-CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # stored by old versions
-CHARACTERS_FILE = (
-    "characters.json"  # in a folder that utils/weights/export.py wrote: ids of a character model
-)
+CHARACTERS_FILE = "characters.json"  # ids of a character model that utils/weights/export.py exported
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 
 
-def load_gpt2_weights(name_or_dir: str, known: dict) -> tuple[dict, dict[str, Tensor]]:
-    """Reads a released GPT-2, or a folder written by `save_pretrained`.
+def load_gpt2_weights(
+    name_or_dir: str, released: dict[str, dict[str, int]]
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Reads a released GPT-2 by its name, a key of `released`, or a folder written by `save_pretrained`.
 
-    Args:
-        name_or_dir: a key of `known`, or a folder.
-        known: the released sizes, by name.
-
-    Returns:
-        (arguments for GPTConfig, state dict with our names and shapes).
-
-    Raises:
-        UserError: unknown name, transformers missing, weights not to be had, or a model that is no GPT-2.
+    Returns (arguments for GPTConfig, state dict with our names and shapes). Raises UserError for an unknown
+    name, without transformers, if the weights are not available, or if it is not a plain GPT-2.
     """
-    is_folder = Path(name_or_dir).is_dir()
-    if name_or_dir not in known and not is_folder:
-        raise UserError(
-            f"unknown model {name_or_dir!r}; choose {', '.join(known)}",
-            "or give a folder that save_pretrained of transformers wrote",
-        )
-    source, found = _load_with_transformers(
-        name_or_dir if is_folder or "/" in name_or_dir else f"openai-community/{name_or_dir}"
-    )
+    if name_or_dir not in released and not Path(name_or_dir).is_dir():
+        hint = "or give a folder that save_pretrained of transformers wrote"
+        raise UserError(f"unknown model {name_or_dir!r}; choose {', '.join(released)}", hint)
+    source, loading_info = _load_with_transformers(name_or_dir)
     config = source.config
     _check_is_plain_gpt2(config, name_or_dir)  # first: another kind of model has other weights, too
-    _check_all_weights_found(found, name_or_dir)
+    _check_all_weights_found(loading_info, name_or_dir)
     if not source.lm_head.weight.equal(source.transformer.wte.weight):
         raise UserError(f"{name_or_dir}: lm_head and wte differ (expected one tensor)", "give a GPT-2 model")
-    state_dict = {}
-    for name, tensor in source.state_dict().items():
-        if not name.endswith(CAUSAL_MASKS):
-            state_dict[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
-    sizes = dict(
-        block_size=config.n_positions,
-        vocab_size=config.vocab_size,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-    )
-    return sizes, state_dict
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    state_dict = {
+        name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
+        for name, tensor in source.state_dict().items()
+        if not name.endswith(CAUSAL_MASKS)
+    }
+    return {"block_size": config.n_positions, **sizes}, state_dict
 
 
-def tokenizer_state_of(name_or_dir: str) -> dict:
-    """What `tokenizer_from_state` needs: GPT-2's BPE, the characters in the folder, or that it has its own.
+def tokenizer_state_of(name_or_dir: str) -> dict[str, str]:
+    """State for `tokenizer_from_state`: "gpt2", the characters in a folder, or "folder" for its own files.
 
-    Raises:
-        UserError: the folder's characters.json or tokenizer files are damaged.
+    Raises UserError if the folder's characters.json or tokenizer files are damaged.
     """
     folder = Path(name_or_dir)
     path = folder / CHARACTERS_FILE
@@ -84,105 +68,112 @@ def tokenizer_state_of(name_or_dir: str) -> dict:
     return {"name": "char", "characters": characters}
 
 
-def _load_with_transformers(source: str) -> tuple:
-    """(GPT2LMHeadModel, which weights were missing in its files, unexpected or of another size)."""
+def _import_transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
         raise UserError("transformers is not installed", "pip install transformers") from error
-    load = transformers.GPT2LMHeadModel.from_pretrained
+    return transformers
+
+
+def _load_with_transformers(name_or_dir: str) -> tuple[Any, dict[str, Any]]:
+    """(GPT2LMHeadModel, loading info: the weights that its files lack, or hold in excess or in other sizes).
+
+    A model in the cache is loaded without asking the network.
+    """
+    transformers = _import_transformers()
+    is_folder = Path(name_or_dir).is_dir()
+    source = name_or_dir if is_folder else f"openai-community/{name_or_dir}"
+    options = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    load = partial(transformers.GPT2LMHeadModel.from_pretrained, source, **options)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    options = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         try:
-            # What is on disk is used without asking the network.
-            model, found = load(source, local_files_only=True, **options)
+            return load(local_files_only=True)
         except OSError:
-            if Path(source).is_dir():
+            if is_folder:
                 raise
-            model, found = load(source, **options)
-    except OSError as error:  # every network error of the hub is one
-        reason = str(error).strip().split("\n")[0]
-        if Path(source).is_dir():
-            raise UserError(
-                f"cannot load {source}: {reason}", "is it a folder that save_pretrained wrote?"
-            ) from error
-        raise UserError(
-            f"cannot download {source}: {reason}",
-            "run once with a network, or set HF_HOME to a cache that holds the model, or give its folder",
-        ) from error
-    except Exception as error:  # a damaged file fails in many ways
-        # In our words where it may hold code: transformers' would suggest to switch the protection off.
-        is_pickle = isinstance(error, pickle.UnpicklingError)
-        reason = "no plain tensors" if is_pickle else str(error).strip().split("\n")[0]
-        raise UserError(
-            f"cannot load {source}: {reason}", "is it whole? where git-lfs keeps its files: git lfs pull"
-        ) from error
+            return load()
+    except Exception as error:  # a damaged file raises many types
+        verb, reason = "load", str(error).strip().split("\n")[0]
+        hint = "check that save_pretrained wrote all its files; if git-lfs stores them, run git lfs pull"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "not plain tensors"  # transformers' message suggests weights_only=False
+        elif isinstance(error, OSError) and not is_folder:  # as is every network error of the hub
+            verb = "download"
+            hint = "run once with a network, set HF_HOME to a cache that holds the model, or give its folder"
+        raise UserError(f"cannot {verb} {source}: {reason}", hint) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return model, found
 
 
-def _check_all_weights_found(found: dict, name_or_dir: str) -> None:
-    """Raises UserError if a file and its config.json differ: transformers makes up what is missing."""
-    tied = ("lm_head.weight",)  # to the embedding, so files need not hold it
+def _check_all_weights_found(loading_info: dict[str, Any], name: str) -> None:
+    """Raises UserError if a file does not match its config.json: transformers initialises missing weights."""
+    harmless = (*CAUSAL_MASKS, "lm_head.weight")  # lm_head is tied to the embedding: files need not hold it
     wrong = [
-        f"{kind} {name}"
+        f"{kind} {weight}"
         for kind in ("missing", "unexpected", "mismatched")
-        for name in sorted(map(str, found[f"{kind}_keys"]))
-        if not name.endswith((*CAUSAL_MASKS, *tied))
-        and not (kind == "unexpected" and "head." in name)  # one more head changes no logits
+        for weight in sorted(map(str, loading_info[f"{kind}_keys"]))
+        if not weight.endswith(harmless)
+        and not (kind == "unexpected" and "head." in weight)  # an additional head does not change the logits
     ]
     if wrong:
-        first = ", ".join(wrong[:3])
-        raise UserError(
-            f"{name_or_dir} does not hold the weights of its config.json: {len(wrong)} differ ({first})",
-            "copy the folder once more, or export the model again with save_pretrained",
-        )
+        what = f"{name} does not hold the weights of its config.json: {len(wrong)} differ"
+        hint = "copy the folder again, or export the model again with save_pretrained"
+        raise UserError(f"{what} ({', '.join(wrong[:3])})", hint)
 
 
-def _check_is_plain_gpt2(config, name: str) -> None:
-    """Raises UserError for the options of transformers that GPT-2 as released does not have."""
+def _check_is_plain_gpt2(config: Any, name: str) -> None:
+    """Raises UserError for options of transformers that compute something else than the released GPT-2."""
     expected = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "tie_word_embeddings": True,
-        "add_cross_attention": False,
-        "n_inner": (None, 4 * getattr(config, "n_embd", 0)),
+        "model_type": ["gpt2"],
+        "activation_function": ["gelu_new"],
+        "layer_norm_epsilon": [1e-5],
+        "scale_attn_weights": [True],
+        "scale_attn_by_inverse_layer_idx": [False],
+        "tie_word_embeddings": [True],
+        "add_cross_attention": [False],
+        "n_inner": [None, 4 * getattr(config, "n_embd", 0)],
     }
-    wrong = []
-    for key, value in expected.items():
-        found = getattr(config, key, None)
-        if found not in (value if isinstance(value, tuple) else (value,)):
-            wrong.append(f"{key}={found!r} (expected {value!r})")
+    wrong = [
+        f"{option}={getattr(config, option, None)!r} (expected {' or '.join(map(repr, values))})"
+        for option, values in expected.items()
+        if getattr(config, option, None) not in values
+    ]
     if wrong:
-        raise UserError(f"{name} is no GPT-2 as released: " + ", ".join(wrong), "give a GPT-2 model")
+        raise UserError(f"{name} differs from the released GPT-2: {', '.join(wrong)}", "give a GPT-2 model")
 
 
 class FolderTokenizer:
-    """The tokenizer files in a folder of transformers, behind the few members that are needed here."""
+    """The tokenizer in a folder of transformers, as a `utils.tokenizer.Tokenizer`.
+
+    Special tokens in a text are always recognised, as transformers does by default.
+    """
+
+    name = "folder"
 
     def __init__(self, folder: Path):
+        transformers = _import_transformers()
         try:
-            from transformers import AutoTokenizer
-
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except ImportError as error:
-            raise UserError("transformers is not installed", "pip install transformers") from error
-        except Exception as error:  # damaged files fail in many ways
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # damaged files raise many types
+            hint = "restore its tokenizer files; without any, the folder would be read with GPT-2's BPE"
             reason = str(error).strip().split("\n")[0]
-            hint = "without its tokenizer files the folder would be read with GPT-2's BPE"
             raise UserError(f"cannot load the tokenizer in {folder}: {reason}", hint) from error
-        self.num_words = len(self._tokenizer)
+        self.vocab_size = self.padded_vocab_size = len(self._tokenizer)
+        self.end_of_text: int | None = self._tokenizer.eos_token_id
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, allow_special: bool = True) -> np.ndarray:
         return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32)
 
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids])
+
+    def state(self) -> dict[str, Any]:
+        return {"name": self.name}
+
     def is_gpt2(self) -> bool:
-        """Whether it makes of a text what GPT-2's BPE makes of it; it may have words of its own besides."""
+        """Whether it encodes a probe as GPT-2's BPE does; additional tokens may exist beside GPT-2's."""
         probe = "The cats' 1,234 naïve  owners\nain't here: \u2014 日本 [step] [header] [title]"
         return np.array_equal(self.encode(probe), GPT2Tokenizer().encode(probe))
