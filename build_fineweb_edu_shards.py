@@ -31,7 +31,7 @@ from utils.shards.hub import HubFiles
 from utils.shards.local_files import LocalFiles, find_files
 from utils.shards.manifest import FILE_NAME, Manifest
 from utils.shards.workers import TokenizerPool, TokenQueue, num_cores
-from utils.tokenizer import GPT2_VOCAB_SIZE, MERGES_SHA256, tiktoken_is_installed
+from utils.tokenizer import GPT2_VOCAB_SIZE, MERGES_SHA256, has_tiktoken
 
 ROOT = Path(__file__).resolve().parent
 
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if args.verify:
         return verify(args.output_dir)
-    if not tiktoken_is_installed():
+    if not has_tiktoken():
         raise UserError("tiktoken is not installed", "pip install tiktoken")
     with locked_folder(args.output_dir):
         manifest = Manifest.load(args.output_dir)

@@ -30,16 +30,7 @@ from utils.command_line import ArgumentParser, UserError, positive_int, run_scri
 from utils.cpu_matmul import linear
 from utils.distributed import Distributed, environment_local_rank
 from utils.hellaswag.dataset import NUM_ENDINGS, choose_directory, find_or_download, read_rows
-from utils.hellaswag.results import (
-    STYLES,
-    check_writable,
-    compare,
-    correct_answers,
-    make_record,
-    merge_styles,
-    summary,
-    write_results,
-)
+from utils.hellaswag.results import STYLES, check_writable, compare, make_record, summary, write_results
 from utils.hellaswag.tokenization import crop_rows, harness_text, tokenize, tokenizer_for
 from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, choose_matmul, peak_memory_bytes
 from utils.tokenizer import GPT2Tokenizer, Tokenizer
@@ -263,14 +254,6 @@ class HellaSwagResult(NamedTuple):
     num_correct: int  # the true ending has the lowest summed loss
     num_total: int
 
-    @property
-    def acc_norm(self) -> float:
-        return self.num_correct_norm / self.num_total
-
-    @property
-    def acc(self) -> float:
-        return self.num_correct / self.num_total
-
 
 def examples_for_training(
     directory: Path | None, limit: int | None, tokenizer: Tokenizer, block_size: int, dist: Distributed
@@ -293,7 +276,7 @@ def examples_for_training(
 
 def evaluate_hellaswag(
     model: GPT, examples: Sequence[Example], dist: Distributed, dtype: torch.dtype,
-    batch_tokens: int | None = None, poll: Callable[[], None] | None = None,
+    batch_tokens: int | None = None, poll: Callable[[], None] = lambda: None,
 ) -> HellaSwagResult:  # fmt: skip
     """Counts correct answers on labelled examples, the same ones on all ranks, each scored by one rank.
 
@@ -308,8 +291,7 @@ def evaluate_hellaswag(
         for example, losses in zip(batch, loss_sum):
             is_correct_norm = (losses / example.divisors).argmin() == example.label
             counts += is_correct_norm, losses.argmin() == example.label, 1
-        if poll is not None:
-            poll()
+        poll()
     return HellaSwagResult(*map(int, dist.sum_numbers(*counts)))
 
 
@@ -318,8 +300,7 @@ def score_examples(
 ) -> Iterator[tuple[list[Example], np.ndarray]]:
     """Yields batches of this rank's examples with their summed losses (B, 4).
 
-    All ranks yield equally often, so that the caller can use collectives in between: a rank that has finished
-    yields empty batches.
+    All ranks yield equally often, for collectives in between: one that has finished yields empty batches.
     """
     batches = plan_batches(examples, batch_tokens or BATCH_TOKENS[dist.device.type])
     batches += [[]] * (int(dist.max_number(len(batches))) - len(batches))
@@ -346,7 +327,7 @@ def score_style(
     """
     from tqdm import tqdm
 
-    records, accuracy = [], ""
+    records, num_correct, accuracy = [], 0, ""
     dist = Distributed(model.lm_head.weight.device)
     with tqdm(total=len(examples), unit=" examples", disable=None) as bar:  # None: only on a terminal
         for batch, loss_sum in score_examples(model, examples, dtype, batch_tokens, dist):
@@ -354,10 +335,10 @@ def score_style(
                 raise UserError("the model's losses are not finite", "use --dtype float32, or other weights")
             tenths_before = 10 * len(records) // len(examples)
             for example, losses in zip(batch, loss_sum):
-                record = make_record(example.index, example.label, style, losses, example.divisors)
-                records.append(record)
+                records.append(make_record(example.index, example.label, style, losses, example.divisors))
+                num_correct += records[-1]["prediction_norm"] == example.label
             if examples[0].label is not None:
-                accuracy = f" acc_norm {correct_answers(records, 'prediction_norm').mean():.4f}"
+                accuracy = f" acc_norm {num_correct / len(records):.4f}"
             bar.set_postfix_str(accuracy.strip(), refresh=False)
             bar.update(len(batch))
             if bar.disable and 10 * len(records) // len(examples) > tenths_before:
@@ -415,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
             f"peak memory {peak_memory_bytes(device) / 1e9:.2f} GB"
         )
     if args.output is not None:
-        write_results(args.output, merge_styles(records))
+        write_results(args.output, records)
         print(f"{len(rows):,} lines in {args.output}")
     return 0
 

@@ -39,19 +39,13 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, block_size: int) -> Tensor:
 
 
 def sample_texts(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    num_samples: int,
-    max_new_tokens: int,
-    seed: int,
+    model: GPT, tokenizer: Tokenizer, prompt: str, num_samples: int, max_new_tokens: int, seed: int,
     **sampling: Any,
-) -> list[str]:
+) -> list[str]:  # fmt: skip
     """Continues a prompt several times, with a random number generator of its own.
 
-    `model` is the raw module, whose `generate` takes `sampling`; `tokenizer` the one it was trained with.
-    Returns `num_samples` texts, each the prompt and a continuation, up to the first <|endoftext|> of the
-    model. Raises FloatingPointError for non-finite logits.
+    `model` is the raw module, whose `generate` takes `sampling`. Returns `num_samples` texts, each the prompt
+    and a continuation up to the first <|endoftext|>. Raises FloatingPointError for non-finite logits.
     """
     device, end_of_text = model.lm_head.weight.device, tokenizer.end_of_text
     idx = encode_prompt(prompt, tokenizer, model.config.block_size).to(device).repeat(num_samples, 1)
@@ -69,9 +63,7 @@ def read_prompt(argument: str | None) -> str:
     return argument
 
 
-def prompt_at_terminal(
-    model: GPT, tokenizer: Tokenizer, max_new_tokens: int, seed: int, **sampling: Any
-) -> None:
+def interact(model: GPT, tokenizer: Tokenizer, max_new_tokens: int, seed: int, **sampling: Any) -> None:
     """Reads prompts and streams continuations until an empty line or the end of input."""
     device = model.lm_head.weight.device
     sampling.update(generator=torch.Generator(device).manual_seed(seed), vocab_size=tokenizer.vocab_size)
@@ -125,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     sampling.update(max_new_tokens=args.max_new_tokens, seed=args.seed)
     try:
         if args.prompt is None and sys.stdin.isatty():
-            prompt_at_terminal(model, tokenizer, **sampling)
+            interact(model, tokenizer, **sampling)
             return 0
         texts = sample_texts(model, tokenizer, read_prompt(args.prompt), args.num_samples, **sampling)
     except FloatingPointError as error:

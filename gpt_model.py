@@ -47,10 +47,7 @@ class GPTConfig:
 
 
 class KeyValueCache:
-    """Keys and values of at most `max_length` past positions of all layers, in one buffer.
-
-    `like` is a tensor with the model's dtype and device.
-    """
+    """Keys and values of at most `max_length` past positions of all layers, in a buffer like `like`."""
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, like: Tensor):
         shape = (config.n_layer, 2, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
@@ -196,8 +193,7 @@ class GPT(nn.Module):
             return_logits: False, with targets, computes the loss alone, in chunks: the (B, T, V) logits are
                 never in memory at once.
 
-        Returns:
-            (logits (B, T, V) or None, loss: mean cross-entropy in nats, or None without targets).
+        Returns (logits (B, T, V) or None, loss: mean cross-entropy in nats, or None without targets).
         """
         x = self.hidden_states(idx)
         if targets is not None and not return_logits:
@@ -289,10 +285,7 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "GPT":
-        """Loads whatever names a model: a checkpoint file, a GPT-2 size, or a folder of transformers.
-
-        Raises UserError if there is no such model; see `from_checkpoint` and `from_pretrained`.
-        """
+        """Loads a checkpoint file, a GPT-2 size, or a folder of transformers. Raises UserError otherwise."""
         if str(source) in PRETRAINED_CONFIGS or Path(source).is_dir():
             return cls.from_pretrained(source).to(device)
         if not str(source).endswith(".pt") and not Path(source).exists():
@@ -318,10 +311,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> "GPT":
-        """Loads OpenAI's weights by name, or a folder that `save_pretrained` of transformers wrote.
-
-        Raises UserError for an unknown name, without transformers or a network, or if it is not a GPT-2.
-        """
+        """Loads OpenAI's weights by name, or a folder of transformers. Raises UserError if it is no GPT-2."""
         from utils.weights.pretrained import load_gpt2_weights, tokenizer_state_of
 
         config, state_dict = load_gpt2_weights(str(name_or_dir), PRETRAINED_CONFIGS)

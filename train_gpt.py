@@ -38,24 +38,12 @@ from utils.command_line import (
 )
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
-from utils.training.data_source import (
-    Data,
-    available_tokenizer,
-    check_model_reads,
-    choose_source,
-    fetch,
-    open_data,
-)
+from utils.training.data_source import Data, available_tokenizer, check_model_reads, fetch, open_data
 from utils.training.dry_run import Plan, dry_run, outline_if_too_large
 from utils.training.flags import Flags, accumulation_steps, check_training_settings, int_or_auto, read_flags
 from utils.training.guards import SpikeFilter, stop_on_divergence, stop_on_non_finite_val_loss
 from utils.training.log_directory import reserved
-from utils.training.micro_batch import (
-    choose_micro_batch,
-    explain_out_of_memory,
-    forward_backward,
-    settle_gradient_buckets,
-)
+from utils.training.micro_batch import choose_micro_batch, explain_out_of_memory, forward_backward, settle_ddp
 from utils.training.resume import Identity, find_checkpoint, identity_of, save_checkpoint, start_or_resume
 from utils.training.run_log import RunLog, Speedometer
 from utils.training.signals import Stopped, StopSignals
@@ -147,12 +135,9 @@ def read_arguments(argv: list[str] | None = None) -> tuple[Namespace, str]:
 
 
 def learning_rate_for(
-    step: int,
-    max_lr: float = MAX_LR,
-    min_lr: float = MIN_LR,
-    warmup_steps: int = WARMUP_STEPS,
+    step: int, max_lr: float = MAX_LR, min_lr: float = MIN_LR, warmup_steps: int = WARMUP_STEPS,
     max_steps: int = MAX_STEPS,
-) -> float:
+) -> float:  # fmt: skip
     """Learning rate of update `step`: linear warmup, half a cosine (Loshchilov & Hutter 2017), `min_lr`."""
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps  # step + 1: the first update is not wasted on a rate of 0
@@ -168,13 +153,9 @@ def learning_rate_for(
 
 @torch.no_grad()
 def evaluate(
-    model: GPT,
-    loader: WindowLoader,
-    num_tokens: int,
-    dist: Distributed,
-    dtype: torch.dtype,
+    model: GPT, loader: WindowLoader, num_tokens: int, dist: Distributed, dtype: torch.dtype,
     poll: Callable[[], None] = lambda: None,
-) -> float:
+) -> float:  # fmt: skip
     """Mean loss in nats on the first `num_tokens` val tokens, for any number of ranks and any micro-batch.
 
     `poll` is called before every batch, equally often on all ranks; its exceptions end the evaluation.
@@ -196,16 +177,10 @@ def evaluate(
 
 
 def update(
-    state: TrainState,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    lr: float,
-    grad_clip: float,
-    micro_steps: int,
-    dist: Distributed,
-    dtype: torch.dtype,
-    poll: Callable[[], None] = lambda: None,
+    state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], lr: float, grad_clip: float,
+    micro_steps: int, dist: Distributed, dtype: torch.dtype, poll: Callable[[], None] = lambda: None,
     describe_batch: Callable[[int], str] = "micro-batch {}".format,
-) -> tuple[float, float]:
+) -> tuple[float, float]:  # fmt: skip
     """One update: `micro_steps` micro-batches forward and backward, then a step of the optimizers.
 
     Args:
@@ -213,23 +188,18 @@ def update(
         poll: called before every micro-step; an exception of it leaves the weights unchanged.
         describe_batch: where micro-step i's batch comes from, for the message of a non-finite loss.
 
-    Returns:
-        The mean loss of all tokens of the update in nats, and the norm of the gradient before clipping.
-
-    Raises:
-        Diverged: the loss is not finite on some rank, or the norm is not (except in fp16), and the weights
-            are unchanged; or too many spikes were skipped.
+    Returns the mean loss of all tokens of the update in nats, and the norm of the gradient before clipping.
+    Raises Diverged if the loss is not finite on some rank, or the norm is not (except in fp16): the weights
+    are then unchanged; or if too many spikes were skipped.
     """
-    losses = []
+    losses, model = [], state.trained_model
     for micro_step in range(micro_steps):
         poll()
         idx, targets = next(batches)
         # Gradients are exchanged once per update, in the last micro-step. DDP has to know that before its
         # forward pass, so the context covers both passes.
-        with dist.exchange_gradients(state.trained_model, now=micro_step == micro_steps - 1):
-            losses.append(
-                forward_backward(state.trained_model, idx, targets, dtype, state.scaler, micro_steps)
-            )
+        with dist.exchange_gradients(model, now=micro_step == micro_steps - 1):
+            losses.append(forward_backward(model, idx, targets, dtype, state.scaler, micro_steps))
     for optimizer in state.optimizers.values():
         state.scaler.unscale_(optimizer)  # fp16: clip and report the true gradient, not the scaled one
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
@@ -340,15 +310,11 @@ def train(run: Run, log: RunLog) -> None:
 
 
 def load_model_and_data(args: Namespace, dist: Distributed) -> tuple[GPT, Data]:
-    """Loads or initialises the model, and opens the data with its tokenizer.
-
-    Raises:
-        UserError: the data or the model is missing or damaged, or the model cannot read the data.
-    """
+    """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
     model = GPT.load(args.init_from, dist.device) if args.init_from else None
     args.seq_len = args.seq_len or model.config.block_size
     tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
-    data = open_data(fetch(choose_source(args.data), dist), tokenizer, args.seq_len, dist)
+    data = open_data(fetch(args.data, dist), tokenizer, args.seq_len, dist)
     if model is None:
         sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
         config = GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
@@ -369,10 +335,8 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     matmul = runtime.choose_matmul(model)
     torch.manual_seed(args.seed + dist.rank)  # weights are equal on all ranks, later draws are not
     if args.micro_batch == "auto":
-        preset_value = PRESETS[args.preset].get("micro_batch", MICRO_BATCH)
-        args.micro_batch, reasons["micro-batch"] = choose_micro_batch(
-            args, model, dist, dtype.value, preset_value
-        )
+        default = PRESETS[args.preset].get("micro_batch", MICRO_BATCH)
+        args.micro_batch, reasons["micro-batch"] = choose_micro_batch(args, model, dist, dtype.value, default)
     # The compiled and wrapped module shares its weights with `model`, which evaluations and checkpoints use:
     # its parameter names carry no prefix.
     trained_model = torch.compile(model) if compiles.value else model
@@ -385,11 +349,8 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     # Only training is shuffled: validation reads the same tokens every time.
     train_loader = WindowLoader(data.train, *place, seed=args.seed if args.shuffle == "on" else None)
     val_loader = WindowLoader(data.val, *place)
-    hellaswag = []
-    if args.hellaswag_every:
-        hellaswag = examples_for_training(
-            args.hellaswag_dir, args.hellaswag_examples, data.tokenizer, model.config.block_size, dist
-        )
+    which = (args.hellaswag_dir, args.hellaswag_examples, data.tokenizer, model.config.block_size)
+    hellaswag = examples_for_training(*which, dist) if args.hellaswag_every else []
     reasons["data"] = f"{data.train.name} ({data.reason}), tokenizer {data.tokenizer.name}"
     reasons["numerics"] = (
         f"{str(dtype.value)[len('torch.') :]} ({dtype.reason}); {matmul}; {numerics}; "
@@ -397,17 +358,13 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     )
     state = TrainState(model, trained_model, {"optimizer": optimizer}, scaler, SpikeFilter(args.skip_spikes))
     plan = Plan(args, model, train_loader, val_loader, micro_steps, dist, reasons)
-    identity = identity_of(args, model.config, data, dist, dtype.value)
+    identity = identity_of(args, model, data, dist, dtype.value)
     loaders = (train_loader, val_loader)
     return Run(args, dist, stop, dtype.value, state, data, *loaders, hellaswag, micro_steps, plan, identity)
 
 
 def run_to_the_end(run: Run, lines: list[str]) -> int:
-    """Trains from the current state, and tells where everything is. Returns the exit code.
-
-    Args:
-        lines: for the console, after the plan.
-    """
+    """Trains from the current state, and returns the exit code; `lines` are printed after the plan."""
     args, dist, state, started = run.args, run.dist, run.state, time.perf_counter()
     step = state.progress.step
     with RunLog(args.log_dir, is_master=dist.is_master, max_steps=args.max_steps, start_step=step) as log:
@@ -417,7 +374,7 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
         record.update(step=step, reasons=run.plan.reasons, parameters=state.model.num_parameters())
         log.log_start(record, tensorboard=args.tensorboard, wandb=args.wandb)
         try:
-            settle_gradient_buckets(state.trained_model, args.micro_batch, args.seq_len, run.dtype, dist)
+            settle_ddp(state.trained_model, args.micro_batch, args.seq_len, run.dtype, dist)
             train(run, log)
         except Stopped as stop:
             if not save_checkpoint(state, run.identity, args, log, dist):
@@ -450,10 +407,8 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
         raise UserError(f"{args.init_from}: val loss {loss}", "use --dtype float32, or other weights")
     if dist.is_master:
         tokens = loader.num_val_windows(args.val_tokens) * args.seq_len
-        print(
-            f"{args.init_from}: val loss {loss:.4f} | perplexity {perplexity(loss)} | "
-            f"{tokens:,} tokens of {data.val.name}"
-        )
+        result = f"val loss {loss:.4f} | perplexity {perplexity(loss)}"
+        print(f"{args.init_from}: {result} | {tokens:,} tokens of {data.val.name}")
     return 0
 
 
@@ -466,10 +421,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.eval_only:
             return report_val_loss(args, dist)
         check_training_settings(args, dist.world_size)
-        reasons = {
-            "preset": f"{args.preset} ({preset_reason})",
-            "device": f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}",
-        }
+        reasons = {"preset": f"{args.preset} ({preset_reason})"}
+        reasons["device"] = f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}"
         if args.dry_run:
             find_checkpoint(args, dist, reasons)
             run = set_up(args, dist, StopSignals(dist), reasons)

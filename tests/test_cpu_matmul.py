@@ -7,7 +7,7 @@ import torch
 
 from gpt_model import GPT
 from tests.conftest import tiny_config, tiny_model
-from utils import cpu_matmul
+from utils import cpu_matmul, runtime
 from utils.cpu_matmul import FEW_ROWS, FastLinear, use_fast_linear
 from utils.runtime import choose_matmul
 
@@ -139,7 +139,8 @@ def test_add_matmul_adds_to_its_first_argument(M, onednn):
 def test_onednn_is_used_only_where_it_is_faster(monkeypatch):
     """Not in another dtype, under autocast, with PyTorch's switch off, or where MKL is as fast."""
     model, float32, float64 = tiny_model(), torch.randn(8, 8), torch.randn(8, 8, dtype=torch.float64)
-    monkeypatch.setattr(cpu_matmul, "mkl_is_slow", lambda: True)
+    for module in (cpu_matmul, runtime):
+        monkeypatch.setattr(module, "mkl_is_slow", lambda: True)
     assert cpu_matmul.onednn_is_faster(float32, float32) and "oneDNN" in choose_matmul(model)
     assert not cpu_matmul.onednn_is_faster(float64, float64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -150,7 +151,8 @@ def test_onednn_is_used_only_where_it_is_faster(monkeypatch):
         assert "oneDNN" not in choose_matmul(model)
     finally:
         torch.backends.mkldnn.enabled = True
-    monkeypatch.setattr(cpu_matmul, "mkl_is_slow", lambda: False)
+    for module in (cpu_matmul, runtime):
+        monkeypatch.setattr(module, "mkl_is_slow", lambda: False)
     assert not cpu_matmul.onednn_is_faster(float32, float32) and "oneDNN" not in choose_matmul(model)
 
 

@@ -110,7 +110,7 @@ def test_an_incomplete_character_is_held_back(monkeypatch):
     prompts, pieces = iter(["x", "y", ""]), []
     monkeypatch.setattr("builtins.input", lambda text: next(prompts))
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0]))
-    generate.prompt_at_terminal(model, tokenizer, max_new_tokens=9, seed=42)
+    generate.interact(model, tokenizer, max_new_tokens=9, seed=42)
     assert pieces == ["a", "\U0001f600", "b", "", "a", "\ufffd"]
 
 

@@ -93,9 +93,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
-    def parse_args(
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else args
         # In flags only: `--run_name=a_b` becomes `--run-name=a_b`.
         args = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), text) for text in args]

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from utils.command_line import UserError
 TRAIN_SHARE = 0.9  # of a text file's tokens; the rest is val
 
 
-class TokenStream:
+class TokenStream(Protocol):
     """A sequence of tokens with random access."""
 
     name: str  # for messages
@@ -35,15 +36,12 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from position `start`, 1-D unsigned integers. Raises UserError for damaged data."""
-        raise NotImplementedError
 
     def locate(self, position: int) -> tuple[str, int]:
         """The file of the token at a position of the stream, and its position there, for messages."""
-        raise NotImplementedError
 
     def fingerprint(self) -> dict:
         """Identifies the data, as plain values: a resumed run must find the same data."""
-        raise NotImplementedError
 
 
 class TextStream(TokenStream):
@@ -64,11 +62,7 @@ class TextStream(TokenStream):
 
 
 def read_text(path: Path, flag: str = "--data") -> str:
-    """Reads a text file, without a byte order mark.
-
-    Raises:
-        UserError: the file is missing, empty or not UTF-8; the hint names the flag.
-    """
+    """Reads a text file without byte order mark. Raises UserError if it is missing, empty or not UTF-8."""
     if path.is_dir():
         raise UserError(f"{path} is a folder (expected a text file)", f"give {flag} a text file")
     try:
@@ -90,11 +84,7 @@ def read_text(path: Path, flag: str = "--data") -> str:
 
 
 def split_text(path: Path, text: str, tokens: np.ndarray, seq_len: int) -> tuple[TextStream, TextStream]:
-    """Train and val streams of a text: the first 90 % of its tokens, and the rest.
-
-    Raises:
-        UserError: a split is shorter than one window (seq_len + 1 tokens).
-    """
+    """Streams of the first 90 % of the tokens and of the rest. Raises UserError if one is below a window."""
     # Cut by tokens, not characters: no token is split between train and val.
     border = int(len(tokens) * TRAIN_SHARE)
     if min(border, len(tokens) - border) < seq_len + 1:

@@ -154,11 +154,8 @@ def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 def join_job(device: torch.device, timeout_seconds: float = 600) -> Iterator[Distributed]:
     """Joins the job that torchrun's variables describe, if any, and leaves it when the block ends.
 
-    A collective that waits for longer than the timeout ends its process.
-
-    Raises:
-        UserError: torchrun's variables are missing in part or contradict each other or the device.
-        Unfinished: the job cannot be joined.
+    A collective that waits for longer than the timeout ends its process. Raises UserError if torchrun's
+    variables are incomplete or contradict each other or the device, Unfinished if the job cannot be joined.
     """
     rank, local_rank = environment_rank(), environment_local_rank()
     world_size = int(os.environ.get("WORLD_SIZE", 1))

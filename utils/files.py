@@ -48,8 +48,7 @@ def whole_file(path: Path, mode: str = "w", *, durable: bool = False) -> Iterato
     Args:
         path: where it appears, replacing an earlier file; if anything fails, that one is untouched.
         mode: as for `open`; text is UTF-8.
-        durable: flush the file before the rename and the folder after it: then a power cut, too, leaves the
-            old file or the new one.
+        durable: flush file and folder, so that a power cut, too, leaves the old file or the new one.
     """
     temporary = temporary_name(path)
     try:
@@ -81,11 +80,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds an exclusive lock on a file; the system releases it however this process ends.
 
     The file is created if missing, and stays. Where locks do not exist (some network file systems, Windows)
-    the block runs without one, after a warning.
-
-    Raises:
-        BlockingIOError: another process holds the lock; with `wait`, the call waits for it instead.
-        OSError: the file cannot be created.
+    the block runs without one, after a warning. Raises BlockingIOError if another process holds the lock
+    (with `wait`, the call waits for it instead), OSError if the file cannot be created.
     """
     with open(path, "a") as file:
         try:
@@ -104,8 +100,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
 def download(url: str, path: Path, sha256: str, num_bytes: int | None = None) -> None:
     """Fetches `url` to `path`, which appears only when its checksum and, if given, its size are right.
 
-    Raises:
-        OSError: no network, an HTTP error, or an unexpected file; nothing is left behind.
+    Raises OSError without a network, or for an HTTP error or an unexpected file; nothing is left behind.
     """
     opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
     try:

@@ -99,10 +99,8 @@ def _chunks(hidden: Tensor, chunk_rows: int | None) -> list[slice]:
 def _add_gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, grad_hidden: Tensor, grad_weight: Tensor
 ) -> Tensor:
-    """Losses (R,) of a chunk; writes the gradient of their sum to `grad_hidden`, adds it to `grad_weight`.
-
-    The (R, V) tensors are freed at the end of this call, so the next chunk reuses their memory.
-    """
+    """Losses (R,) of a chunk; writes their gradient to `grad_hidden`, adds it to `grad_weight`."""
+    # The (R, V) tensors are freed at the end of this call, so the next chunk reuses their memory.
     losses, probs, logits = _losses(hidden, weight, targets)
     # d(sum of losses)/d(logits) = softmax - onehot; divided by N = 65,536 rows it would underflow in fp16.
     probs[torch.arange(len(probs), device=hidden.device), targets.clamp(min=0)] -= 1
@@ -120,14 +118,11 @@ def _add_gradients(
 
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses (R,) float32, probabilities (R, V) float32, logits (R, V)) of a chunk.
-
-    A loss is -log p(target), zero for ignored rows. In float32 the probabilities overwrite the logits.
-    """
+    """(losses (R,) float32, zero for ignored rows; probabilities (R, V) float32; logits (R, V))."""
     logits = linear(hidden, weight)
     highest = logits.amax(dim=1).float()  # (R,)
     of_target = logits.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1).float()  # (R,)
-    probs = logits.float()
+    probs = logits.float()  # in float32 the same tensor: the probabilities overwrite the logits
     torch.softmax(probs, dim=1, out=probs)  # in place: safe, because each row is read before it is written
     # Relative to the likeliest token, whose probability cannot underflow as the target's can: as exact as
     # log_softmax, without its exponential, which would be one more pass over the (R, V) numbers.

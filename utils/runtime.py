@@ -55,10 +55,7 @@ def check_torch_version() -> None:
 def choose_device(requested: str, local_rank: int = 0) -> Decision:
     """The torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps".
 
-    `local_rank` selects the GPU for "auto" and "cuda".
-
-    Raises:
-        UserError: the device does not exist here, or PyTorch is too old.
+    `local_rank` selects the GPU for "auto" and "cuda". Raises UserError if it is missing, or for old torch.
     """
     check_torch_version()
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -90,11 +87,7 @@ def choose_device(requested: str, local_rank: int = 0) -> Decision:
 
 
 def choose_dtype(requested: str, device: torch.device) -> Decision:
-    """The dtype of matmuls under autocast, for "auto" or a key of DTYPES.
-
-    Raises:
-        UserError: the requested dtype is not available on this device.
-    """
+    """The dtype of autocast for "auto" or a key of DTYPES. Raises UserError if it is not available here."""
     if device.type == "cuda":
         # torch.cuda.is_bf16_supported() also says yes where bf16 is only emulated (T4), hence the capability.
         capability = torch.cuda.get_device_capability(device)

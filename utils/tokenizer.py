@@ -75,11 +75,6 @@ class CharTokenizer:
         self.vocab_size = self.padded_vocab_size = len(characters)
         self._id_of = {character: i for i, character in enumerate(characters)}
 
-    @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """The tokenizer whose vocabulary is the characters of a text."""
-        return cls("".join(sorted(set(text))))
-
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         """Ids of a text, 1-D uint16 or uint32; unknown characters are left out, with a warning."""
         unknown = sorted(set(text) - self._id_of.keys())
@@ -116,7 +111,7 @@ def check_vocab_size(tokenizer: Tokenizer, model_vocab_size: int) -> None:
         raise UserError(what, "use the tokenizer that the model was trained with")
 
 
-def tiktoken_is_installed() -> bool:
+def has_tiktoken() -> bool:
     """Whether GPT-2's BPE can be used here."""
     try:
         import tiktoken  # noqa: F401
@@ -128,7 +123,7 @@ def tiktoken_is_installed() -> bool:
 @cache
 def gpt2_encoding() -> Any:
     """tiktoken's Encoding for GPT-2. Raises UserError if tiktoken or the merges are missing."""
-    if not tiktoken_is_installed():
+    if not has_tiktoken():
         raise UserError("tiktoken is not installed", "pip install tiktoken, or use --tokenizer char")
     import tiktoken
 

@@ -18,7 +18,7 @@ def results_file(path: Path, correct: list[bool], style: str = "completion") -> 
         {"index": i, "label": 1, "style": style, "prediction": 1, "prediction_norm": 1 if is_correct else 0}
         for i, is_correct in enumerate(correct)
     ]
-    write_results(path, records)
+    write_results(path, {"completion": records})
     return path
 
 
@@ -60,5 +60,5 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     path = results_file(tmp_path / "a.jsonl", [True])
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        write_results(path, [{"index": 0}, {"index": 1, "label": object()}])
+        write_results(path, {"completion": [{"index": 0}, {"index": 1, "label": object()}]})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

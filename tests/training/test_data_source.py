@@ -31,16 +31,16 @@ def test_tiny_shakespeare_is_downloaded_once(server: FileServer, tmp_path, monke
     monkeypatch.setattr(data_source, "TINY_SHAKESPEARE_URL", f"{server.url}/input.txt")
     monkeypatch.setattr(data_source, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(body).hexdigest())
     monkeypatch.setattr(data_source, "TINY_SHAKESPEARE_BYTES", len(body))
-    source = fetch(choose_source(None), ALONE)
+    source = fetch(None, ALONE)
     assert (source.kind, source.path) == ("text", tmp_path / "input.txt")
-    assert fetch(choose_source(None), ALONE).reason == "no shards in shards/"
+    assert fetch(None, ALONE).reason == "no shards in shards/"
     assert server.num_requests == 1
 
 
 def test_without_a_network_the_text_is_the_documentation_of_python(tmp_path, monkeypatch, capsys):
     """The quick start always has data; a warning and the reason say which."""
     monkeypatch.setattr(data_source, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
-    source = fetch(choose_source(None), ALONE)
+    source = fetch(None, ALONE)
     assert source.kind == "pydoc" and "no network" in source.reason
     assert "cannot download Tiny Shakespeare" in capsys.readouterr().out
     tokenizer, train, _, reason = open_data(source, {"name": "gpt2"}, 64, ALONE)

@@ -11,9 +11,9 @@ from tests.conftest import run
 from tests.small_runs import train
 from utils.command_line import UserError
 from utils.distributed import Distributed
-from utils.training import resume
+from utils.training import data_source, resume
 from utils.training.data_source import Source, fetch
-from utils.training.micro_batch import explain_out_of_memory, settle_gradient_buckets
+from utils.training.micro_batch import explain_out_of_memory, settle_ddp
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_an_impossible_rank_is_an_error_on_every_rank():
 
 
 @pytest.mark.parametrize("kind", ["text", "shards", "download"])
-def test_every_rank_waits_for_the_data_of_any_kind(kind, tmp_path):
+def test_every_rank_waits_for_the_data_of_any_kind(kind, tmp_path, monkeypatch):
     """A machine with shards and one without meet in the same collective before they compare their data."""
     waits = []
 
@@ -50,7 +50,9 @@ def test_every_rank_waits_for_the_data_of_any_kind(kind, tmp_path):
             waits.append(self.rank)
 
     (tmp_path / "input.txt").write_text("some text")
-    assert fetch(Source(kind, tmp_path / "input.txt", "why"), Counting(CPU)).path == tmp_path / "input.txt"
+    source = Source(kind, tmp_path / "input.txt", "why")
+    monkeypatch.setattr(data_source, "choose_source", lambda requested: source)
+    assert fetch(None, Counting(CPU)).path == tmp_path / "input.txt"
     assert waits == [0]
 
 
@@ -66,10 +68,10 @@ def test_the_first_exchange_has_the_strides_of_training():
             return None, self.weight.sum()
 
     model = Model(1, 1)
-    settle_gradient_buckets(model, 3, 5, torch.float32, Distributed(CPU, world_size=2))
+    settle_ddp(model, 3, 5, torch.float32, Distributed(CPU, world_size=2))
     assert seen == [(3, 5), (6, 1), (6, 1)]
     assert model.weight.grad is None
-    settle_gradient_buckets(model, 3, 5, torch.float32, Distributed(CPU))
+    settle_ddp(model, 3, 5, torch.float32, Distributed(CPU))
     assert len(seen) == 3  # one process exchanges nothing
 
 

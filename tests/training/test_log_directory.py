@@ -10,7 +10,7 @@ import pytest
 
 from utils.command_line import UserError
 from utils.training import log_directory
-from utils.training.log_directory import archive_run, cut_logs_back, locked_log_dir, log_sizes, written
+from utils.training.log_directory import RUN_FILES, archive_run, cut_logs_back, locked_log_dir, log_sizes
 
 
 def test_the_holder_of_the_lock_is_named(tmp_path):
@@ -47,6 +47,11 @@ def test_a_full_disk_is_an_error_unless_temporary_files_fill_it(tmp_path, monkey
     assert caught.value.hint == "make room on the disk"
 
 
+def found(log_dir: Path) -> set[str]:
+    """The patterns of a run's files that match in a folder."""
+    return {pattern for pattern in RUN_FILES if any(log_dir.glob(pattern))}
+
+
 def test_archiving_moves_checkpoints_first_and_only_files_of_a_run(tmp_path, monkeypatch):
     """A kill halfway leaves no checkpoint without its log; other files stay; two archives get two names."""
     moved: list[str] = []
@@ -56,12 +61,18 @@ def test_archiving_moves_checkpoints_first_and_only_files_of_a_run(tmp_path, mon
         for name in ("log.txt", "model_00001.pt", "optimizer_00001.pt", "metrics.jsonl", "notes.md", ".lock"):
             (tmp_path / name).touch()
             os.utime(tmp_path / name, (1e9, 1e9))
-        assert set(written(tmp_path)) == {"model_*.pt", "optimizer_*.pt", "log.txt", "metrics.jsonl"}
+        assert found(tmp_path) == {
+            "model_*.pt",
+            "optimizer_*.pt",
+            "log.txt",
+            "metrics.jsonl",
+        }
         archive = archive_run(tmp_path)
         assert archive.name.endswith("_2") is (number == 2) and archive.parent == tmp_path / "archive"
         assert moved[-4:] == ["model_00001.pt", "optimizer_00001.pt", "log.txt", "metrics.jsonl"]
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "archive", "notes.md"]
-    assert archive_run(tmp_path) is None and written(tmp_path) == []
+    assert archive_run(tmp_path) is None
+    assert found(tmp_path) == set()
 
 
 def test_archiving_after_a_step_moves_later_checkpoints_only(tmp_path):

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 import train_gpt
 from tests.conftest import ROOT, run
 from utils.command_line import UserError
-from utils.training import plotting, report, run_log
+from utils.training import flags, plotting, report
+from utils.training.log_directory import LOGS
 from utils.training.plotting import plot_comparison
 from utils.training.report import (
     plot_run,
@@ -24,7 +25,7 @@ from utils.training.report import (
     smoothed,
     write_report,
 )
-from utils.training.run_log import Mirrors, check_installed
+from utils.training.run_log import RunLog
 
 SAMPLES = """--- step 20, sample 0
 an older text
@@ -52,7 +53,9 @@ def fake_run(log_dir: Path, *, hellaswag: bool = True, slower: float = 1.0, **se
             seconds = 0.5 * slower * step
             records.append(dict(kind="val", step=step, loss=loss, tokens=1000 * step, seconds=seconds))
             if hellaswag:
-                lines.append(f"{step} hella {0.25 + 0.001 * step:.4f}")
+                accuracy = 0.25 + 0.001 * step
+                lines.append(f"{step} hella {accuracy:.4f}")
+                records.append(dict(kind="hella", step=step, accuracy=accuracy, examples=10042))
         if step < 40:
             lines.append(f"{step} train {loss:.6f}")
             took = dict(seconds=0.5 * slower, mfu=None, memory=2_000_000_000 + step)
@@ -328,28 +331,28 @@ def tensorboard(monkeypatch) -> type[FakeWriter]:
 
 def test_a_mirror_receives_every_number_at_its_step(tmp_path, tensorboard):
     """Numbers only, as kind/name; after a resume, events beyond the checkpoint are hidden."""
-    mirror = Mirrors(tmp_path, {"max_lr": 1}, 7, print, tensorboard=True, wandb=False)
-    mirror.add("train", {"step": 7, "loss": 1.5, "mfu": None, "note": "x", "flag": True})
-    mirror.add("run", {"parameters": "5"})
-    mirror.close()
+    with RunLog(tmp_path, is_master=True) as log:
+        log.log_start({"step": 7, "settings": {"max_lr": 1}}, tensorboard=True, wandb=False)
+        log.add_record("train", step=7, loss=1.5, mfu=None, note="x", flag=True)
+        log.add_record("run", parameters="5")
     assert tensorboard.last.scalars == [("train/loss", 1.5, 7)] and tensorboard.last.closed
     assert tensorboard.last.purge_step == 7 and tensorboard.last.log_dir == str(tmp_path / "tensorboard")
 
 
-def test_a_service_that_fails_is_one_warning(tmp_path, tensorboard):
-    """At the first failed write; then the mirror is closed, and the caller sees no exception."""
-    said: list[str] = []
-    mirror = Mirrors(tmp_path, {}, 0, said.append, tensorboard=True, wandb=False)
-    tensorboard.broken = True
-    for step in range(5):
-        mirror.add("train", {"step": step, "loss": 1.0})
-    mirror.close()
-    assert said == ["warning: TensorBoard failed (no route to host); training continues without it"]
+def test_a_service_that_fails_is_one_warning(tmp_path, tensorboard, capsys):
+    """At the first failed write; then the mirror is left alone, and the caller sees no exception."""
+    with RunLog(tmp_path, is_master=True) as log:
+        log.log_start({"step": 0, "settings": {}}, tensorboard=True, wandb=False)
+        tensorboard.broken = True
+        for step in range(5):
+            log.add_record("train", step=step, loss=1.0)
+    warning = "warning: TensorBoard failed: no route to host; training continues without it\n"
+    assert capsys.readouterr().out == warning and log.mirrors == []
 
 
-def test_wandb_continues_the_same_run_after_a_resume(tmp_path, monkeypatch):
+def test_wandb_continues_the_same_run_after_a_resume(tmp_path, monkeypatch, capsys):
     """With the id of the first start; a start without a network is one warning."""
-    calls, logged, said = [], [], []
+    calls, logged = [], []
 
     def init(**options: Any) -> types.SimpleNamespace:
         calls.append(options)
@@ -359,21 +362,22 @@ def test_wandb_continues_the_same_run_after_a_resume(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for start_step in (0, 10, 10):
-        mirror = Mirrors(tmp_path, {"seed": 1}, start_step, said.append, tensorboard=False, wandb=True)
-        mirror.add("val", {"step": start_step, "loss": 2.0})
-        mirror.close()
+        with RunLog(tmp_path, is_master=True) as log:
+            log.log_start({"step": start_step, "settings": {"seed": 1}}, tensorboard=False, wandb=True)
+            log.add_record("val", step=start_step, loss=2.0)
     assert [call["id"] for call in calls] == [None, "abc123", "abc123"]
     assert logged == [{"val/loss": 2.0, "step": 0}, {"val/loss": 2.0, "step": 10}]
-    assert said == ["warning: wandb failed (cannot reach api.wandb.ai); training continues without it"]
+    warning = "warning: wandb failed: cannot reach api.wandb.ai; training continues without it\n"
+    assert capsys.readouterr().out == warning
 
 
 def test_a_run_writes_to_its_mirrors(text_file, tmp_path, tensorboard, monkeypatch):
     """With --tensorboard every update and every validation arrives."""
-    monkeypatch.setattr(run_log, "find_spec", lambda name: True)
+    monkeypatch.setattr(flags, "find_spec", lambda name: True)
     sizes = "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 16 --micro-batch 2 --total-batch-tokens 32"
-    flags = f"--preset char --device cpu {sizes} --max-steps 2 --val-every 2 --sample-every 0".split()
-    flags += ["--data", str(text_file), "--log-dir", str(tmp_path / "log"), "--tensorboard"]
-    assert train_gpt.main(flags) == 0
+    argv = f"--preset char --device cpu {sizes} --max-steps 2 --val-every 2 --sample-every 0".split()
+    argv += ["--data", str(text_file), "--log-dir", str(tmp_path / "log"), "--tensorboard"]
+    assert train_gpt.main(argv) == 0
     steps = {(name, step) for name, _, step in tensorboard.last.scalars}
     assert {("train/loss", 0), ("train/loss", 1), ("val/loss", 0), ("val/loss", 2)} <= steps
     assert tensorboard.last.closed
@@ -381,17 +385,18 @@ def test_a_run_writes_to_its_mirrors(text_file, tmp_path, tensorboard, monkeypat
 
 def test_a_missing_package_is_an_error_before_anything_starts(monkeypatch):
     """The hint names what to install; without the flags no package is looked for."""
-    monkeypatch.setattr(run_log, "find_spec", lambda name: None)
-    check_installed(tensorboard=False, wandb=False)
+    monkeypatch.setattr(flags, "find_spec", lambda name: None)
+    flags.check_training_settings(train_gpt.read_arguments(["--preset", "tiny"])[0], 1)
     for name in ("tensorboard", "wandb"):
+        args, _ = train_gpt.read_arguments(["--preset", "tiny", f"--{name}"])
         with pytest.raises(UserError, match=f"--{name} needs the package {name}") as caught:
-            check_installed(**{"tensorboard": False, "wandb": False, name: True})
+            flags.check_training_settings(args, 1)
         assert caught.value.hint == f"pip install {name}"
 
 
 def test_without_flags_there_is_no_mirror(tmp_path):
-    """No package is imported and no file appears."""
-    mirror = Mirrors(tmp_path, {}, 0, print, tensorboard=False, wandb=False)
-    mirror.add("train", {"step": 0, "loss": 1.0})
-    mirror.close()
-    assert mirror.active == [] and list(tmp_path.iterdir()) == []
+    """No package is imported and no file appears beside the logs."""
+    with RunLog(tmp_path, is_master=True) as log:
+        log.log_start({"step": 0, "settings": {}}, tensorboard=False, wandb=False)
+        log.add_record("train", step=0, loss=1.0)
+    assert log.mirrors == [] and {path.name for path in tmp_path.iterdir()} == set(LOGS)

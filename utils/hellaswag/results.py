@@ -80,16 +80,6 @@ def summary(style: str, records: Sequence[dict[str, Any]], model_name: str) -> s
     return "\n".join(lines)
 
 
-def merge_styles(records: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One record per example; the second of two styles is nested under its name, without the shared keys."""
-    first, *others = records
-    merged = [dict(record) for record in records[first]]
-    for style in others:
-        for record, other in zip(merged, records[style]):
-            record[style] = {key: other[key] for key in other if key not in ("index", "label", "style")}
-    return merged
-
-
 def check_writable(path: Path) -> None:
     """Raises UserError now if `write_results` would fail later; an existing file is untouched."""
     hint, probe = "give --output another file", temporary_name(path)
@@ -102,11 +92,19 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: not a regular file", hint)
 
 
-def write_results(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    """Writes one JSON line per record; the file appears when it is complete. Raises UserError on failure."""
+def write_results(path: Path, records: dict[str, list[dict[str, Any]]]) -> None:
+    """Writes one JSON line per example, from the records of each style, when all are complete.
+
+    The second of two styles is nested under its name, without the shared keys. Raises UserError on failure.
+    """
+    first, *others = records
+    lines = [dict(record) for record in records[first]]
+    for style in others:
+        for line, other in zip(lines, records[style]):
+            line[style] = {key: other[key] for key in other if key not in ("index", "label", "style")}
     try:
         with whole_file(path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}", "give --output another file") from error
 
@@ -141,10 +139,7 @@ def mcnemar_p_value(only_a: int, only_b: int) -> float:
 
 
 def compare(path_a: Path, path_b: Path) -> str:
-    """Both files' accuracies and McNemar's test, as text.
-
-    Raises UserError if a file is malformed, or if the files differ in their examples or in the style.
-    """
+    """Both files' accuracies and McNemar's test. Raises UserError unless they scored the same examples."""
     a, b = read_results(path_a), read_results(path_b)
     same = {"index": "the same split and --limit", "label": "the same data", "style": "the same --style"}
     for key, hint in same.items():

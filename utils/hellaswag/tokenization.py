@@ -12,10 +12,7 @@ from utils.weights.pretrained import FolderTokenizer
 
 
 def tokenizer_for(source: str | Path, tokenizer_state: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """The tokenizer of the model from `source`: GPT-2's BPE, or that of its transformers folder.
-
-    Raises UserError for a character tokenizer, or a vocabulary smaller than the tokenizer's.
-    """
+    """GPT-2's BPE, or a transformers folder's. Raises UserError for characters or too small a vocabulary."""
     if tokenizer_state["name"] == "char":
         what = f"{source} has a character tokenizer (HellaSwag needs GPT-2's BPE)"
         raise UserError(what, "train a model with --tokenizer gpt2")
@@ -27,10 +24,7 @@ def tokenizer_for(source: str | Path, tokenizer_state: dict[str, Any], vocab_siz
 def tokenize(
     row: dict[str, Any], tokenizer: Tokenizer, style: str = "completion"
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Returns the ids of the context and of the four endings, each ending with the space before it.
-
-    The style "completion" takes the text as it is, "lm-eval" that of `harness_text`.
-    """
+    """Ids of the context and of the four endings, each with the space before it; `style` is of STYLES."""
     if style == "completion":
         context, endings, spaces = row["ctx"], row["endings"], ""
     else:

@@ -25,14 +25,8 @@ class ShardStream(TokenStream):
     Files are read, not memory-mapped: a map of a file that another process truncates kills Python with a
     SIGBUS instead of raising an exception.
 
-    Args:
-        folder: contains the shards.
-        split: "train" or "val".
-        vocab_size: every id that is read must be below it.
-        seq_len: T; the split must hold at least one window of T+1 tokens.
-
-    Raises:
-        UserError: no shards, a gap in their numbers, a damaged one, or a split shorter than one window.
+    `split` is "train" or "val"; every id that is read must be below `vocab_size`. Raises UserError for no
+    shards, a gap in their numbers, a damaged one, or a split shorter than one window of seq_len + 1 tokens.
     """
 
     def __init__(self, folder: Path, split: str, vocab_size: int, seq_len: int):

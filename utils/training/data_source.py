@@ -10,13 +10,7 @@ from utils.distributed import Distributed
 from utils.files import download
 from utils.shards.format import find_shards
 from utils.shards.stream import ShardStream
-from utils.tokenizer import (
-    CharTokenizer,
-    Tokenizer,
-    check_vocab_size,
-    tiktoken_is_installed,
-    tokenizer_from_state,
-)
+from utils.tokenizer import CharTokenizer, Tokenizer, check_vocab_size, has_tiktoken, tokenizer_from_state
 
 if TYPE_CHECKING:
     from gpt_model import GPTConfig
@@ -41,9 +35,7 @@ class Source(NamedTuple):
 def choose_source(requested: str | None) -> Source:
     """What to train on, without using the network: `--data`, shards, input.txt, else a download."""
     if requested is not None:
-        path = Path(requested)
-        kind = "shards" if path.is_dir() else "text"
-        return Source(kind, path, "--data")
+        return Source("shards" if Path(requested).is_dir() else "text", Path(requested), "--data")
     if find_shards(SHARDS_DIR, "train"):
         return Source("shards", SHARDS_DIR, "the folder holds shards")
     if TEXT_PATH.exists():
@@ -51,8 +43,9 @@ def choose_source(requested: str | None) -> Source:
     return Source("download", TEXT_PATH, f"no shards in {SHARDS_DIR.name}/ and no {TEXT_PATH.name}")
 
 
-def fetch(source: Source, dist: Distributed) -> Source:
-    """Downloads Tiny Shakespeare if chosen, once per machine; without a network, Python's documentation."""
+def fetch(requested: str | None, dist: Distributed) -> Source:
+    """The source of `choose_source`, after its download; without a network, Python's documentation."""
+    source = choose_source(requested)
     if source.kind == "download" and dist.local_rank == 0 and not source.path.exists():
         try:
             download(TINY_SHAKESPEARE_URL, source.path, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_BYTES)
@@ -69,7 +62,7 @@ def fetch(source: Source, dist: Distributed) -> Source:
 
 def available_tokenizer(requested: str, dist: Distributed) -> str:
     """The requested kind, "gpt2" or "char"; "char" with a warning where tiktoken is not installed."""
-    if requested == "gpt2" and not tiktoken_is_installed():
+    if requested == "gpt2" and not has_tiktoken():
         if dist.is_master:
             print("warning: tiktoken is not installed, training on characters instead (pip install tiktoken)")
         return "char"
@@ -88,12 +81,8 @@ class Data(NamedTuple):
 def open_data(source: Source, tokenizer_state: dict[str, Any], seq_len: int, dist: Distributed) -> Data:
     """Opens the data that `fetch` returned; each split must hold at least one window of seq_len + 1 tokens.
 
-    Args:
-        tokenizer_state: of a loaded model, or {"name": "gpt2"}, or {"name": "char"} for the characters of the
-            text.
-
-    Raises:
-        UserError: missing, empty, damaged or too short data, or ranks that see different data.
+    `tokenizer_state` is that of a loaded model, {"name": "gpt2"}, or {"name": "char"} for the characters of
+    the text. Raises UserError for missing, empty, damaged or too short data, or if ranks see different data.
     """
     characters_known = "characters" in tokenizer_state
     if source.kind == "shards":
@@ -102,14 +91,13 @@ def open_data(source: Source, tokenizer_state: dict[str, Any], seq_len: int, dis
             what = f"{source.path} holds GPT-2 tokens, not characters"
             raise UserError(what, f"give --data a text file, or {other}")
         tokenizer = tokenizer_from_state(tokenizer_state)
-        train, val = (
-            ShardStream(source.path, split, tokenizer.vocab_size, seq_len) for split in ("train", "val")
-        )
+        vocab_size = tokenizer.vocab_size
+        train, val = (ShardStream(source.path, split, vocab_size, seq_len) for split in ("train", "val"))
     else:
         path = source.path or Path(f"pydoc_data.topics of Python {platform.python_version()}")
         text = read_text(source.path) if source.path else python_documentation()
         if tokenizer_state["name"] == "char" and not characters_known:
-            tokenizer = CharTokenizer.from_text(text)
+            tokenizer = CharTokenizer("".join(sorted(set(text))))
         else:
             tokenizer = tokenizer_from_state(tokenizer_state)
         train, val = split_text(path, text, tokenizer.encode(text), seq_len)

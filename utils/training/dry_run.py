@@ -57,10 +57,7 @@ class Plan:
         ]
 
     def checkpoints_line(self, existing_bytes: int = 0) -> str:
-        """Bytes of all checkpoints, one more pair during a save, beside the free space.
-
-        `existing_bytes` of them are already there.
-        """
+        """Bytes of all checkpoints, one more pair during a save, beside the free space and existing ones."""
         args = self.args
         saved = due_steps(args.checkpoint_every, args.max_steps)[1:] or [args.max_steps]
         kept = checkpoints_to_keep(saved, args.keep_checkpoints, args.keep_every, args.max_steps)
@@ -78,9 +75,8 @@ class Plan:
 
     def space_warning(self) -> list[str]:
         """The line above if the checkpoints will not fit beside those of a resumed run, else nothing."""
-        existing = (
-            path for name in ("model", "optimizer") for path in self.args.log_dir.glob(f"{name}_*.pt")
-        )
+        log_dir = self.args.log_dir
+        existing = (*log_dir.glob("model_*.pt"), *log_dir.glob("optimizer_*.pt"))
         line = self.checkpoints_line(sum(path.stat().st_size for path in existing))
         return [line] if line.startswith("warning") else []
 
@@ -111,10 +107,7 @@ class Plan:
 
 
 def outline_if_too_large(build: Callable[[], "GPT"], device: torch.device) -> "GPT | None":
-    """The model on the meta device, without memory, if parameters, gradients and moments alone do not fit.
-
-    None if they fit, or if the memory of the device is unknown.
-    """
+    """The model on the meta device if weights, gradients and moments exceed the known memory, else None."""
     with torch.device("meta"):
         outline = build()
     memory = memory_bytes(device)
@@ -122,10 +115,7 @@ def outline_if_too_large(build: Callable[[], "GPT"], device: torch.device) -> "G
 
 
 def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
-    """`--dry-run`: prints the plan, then measures a few micro-steps. Writes nothing; returns the exit code.
-
-    A model that does not fit the device is on the meta device: nothing is measured then.
-    """
+    """`--dry-run`: prints the plan, measures a few micro-steps, writes nothing. Returns the exit code."""
 
     def say(*lines: str) -> None:
         if plan.dist.is_master:
@@ -133,12 +123,10 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
 
     say(*plan.lines(), plan.checkpoints_line())
     device, minimum = plan.dist.device, format_bytes(STATE_BYTES * plan.model.num_parameters())
-    if state.model.lm_head.weight.is_meta:
+    if state.model.lm_head.weight.is_meta:  # see outline_if_too_large
         memory = format_bytes(memory_bytes(device))
-        say(
-            f"memory: parameters, gradients and moments alone take {minimum}, {device} has {memory}: "
-            "this does not fit, so nothing is measured"
-        )
+        needed = f"parameters, gradients and moments alone take {minimum}"
+        say(f"memory: {needed}, {device} has {memory}: this does not fit, so nothing is measured")
         return 0
     seconds = []
     batches = plan.train.train_batches(0)

@@ -1,14 +1,14 @@
 """The flags of train_gpt.py: how they are declared, read and checked."""
 
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
 
 from utils.command_line import ArgumentParser, UserError, positive_int
 from utils.training.data_source import choose_source
-from utils.training.run_log import check_installed
 from utils.weights.checkpoint import newest_model_file
 
 T = TypeVar("T")
@@ -17,8 +17,7 @@ T = TypeVar("T")
 class Flags:
     """Declares a constant and its flag in one line.
 
-    `MAX_LR = flag("--max-lr", 6e-4, positive_float, "peak learning rate")` sets MAX_LR to 6e-4 and makes that
-    the default of --max-lr.
+    `MAX_LR = flag("--max-lr", 6e-4, positive_float, "peak")` sets MAX_LR, and the default of --max-lr.
     """
 
     def __init__(self):
@@ -32,15 +31,11 @@ class Flags:
             self._groups[title] = self.parser.add_argument_group(title)
         self._group = self._groups[title]
 
-    def __call__(
-        self, name: str, default: T, type: Callable | tuple[str, ...] | str, help: str, **options: Any
-    ) -> T:
-        """Declares a flag and returns its default.
+    def __call__(self, name: str, default: T, type: Callable | tuple | str, help: str, **options: Any) -> T:
+        """Declares a flag, with `options` of argparse's `add_argument`, and returns its default.
 
-        Args:
-            type: a function that converts the value; a tuple lists all values; a text is the value of a flag
-                that takes none, and `bool` that of a flag that is True when given.
-            options: of argparse's `add_argument`.
+        `type` is a function that converts the value, a tuple of all values, the value (a text) of a flag that
+        takes none, or `bool` for a flag that is True when given.
         """
         if type is bool:
             options["action"] = "store_true"
@@ -54,9 +49,7 @@ class Flags:
         return default
 
 
-def read_flags(
-    flags: Flags, argv: list[str] | None, presets: Mapping[str, dict[str, Any]]
-) -> tuple[Namespace, str]:
+def read_flags(flags: Flags, argv: list[str] | None, presets: dict[str, dict]) -> tuple[Namespace, str]:
     """Settings: flags over the preset over the constants. Also returns why the preset was chosen."""
     defaults, given = flags.parser.parse_defaults_and_given(argv)
     reason = "--preset"
@@ -103,7 +96,9 @@ def accumulation_steps(total_batch_tokens: int, micro_batch: int, seq_len: int, 
 
 def check_training_settings(args: Namespace, world_size: int) -> None:
     """Raises one UserError that lists everything wrong with the flags of train_gpt.py."""
-    check_installed(tensorboard=args.tensorboard, wandb=args.wandb)
+    for name in ("tensorboard", "wandb"):
+        if getattr(args, name) and find_spec(name) is None:
+            raise UserError(f"--{name} needs the package {name}", f"pip install {name}")
     problems = []
     if args.init_from is None and args.n_embd % args.n_head:
         problems.append(f"--n-embd {args.n_embd} is not a multiple of --n-head {args.n_head}")

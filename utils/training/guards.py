@@ -19,8 +19,7 @@ MAX_SKIPS, SKIP_WINDOW = 10, 100  # more skips than this among so many updates a
 class SpikeFilter:
     """Skips updates whose gradient norm is far above those of earlier updates (an idea of llm.c).
 
-    Args:
-        threshold: standard deviations above the mean of the last 128 accepted norms; 0 accepts everything.
+    `threshold`: standard deviations above the mean of the last 128 accepted norms; 0 accepts everything.
     """
 
     def __init__(self, threshold: float):
@@ -33,9 +32,7 @@ class SpikeFilter:
         """Whether to apply the update with this gradient norm; the same answer on every rank.
 
         A non-finite norm (fp16) is accepted and counted: the gradient scaler skips that update itself.
-
-        Raises:
-            Diverged: more than 10 of the last 100 updates would have been skipped.
+        Raises Diverged if more than 10 of the last 100 updates would have been skipped.
         """
         if not math.isfinite(norm):
             self.num_skipped += 1
@@ -49,11 +46,9 @@ class SpikeFilter:
             return True
         self.num_skipped += 1
         if sum(self.skips) > MAX_SKIPS:
-            raise Diverged(
-                f"{sum(self.skips)} of the last {len(self.skips)} updates had a gradient norm more than "
-                f"{self.threshold:g} standard deviations above the mean (allowed: {MAX_SKIPS})",
-                "resume from an earlier checkpoint with a lower --max-lr",
-            )
+            what = f"{sum(self.skips)} of the last {len(self.skips)} updates had a gradient norm more than "
+            what += f"{self.threshold:g} standard deviations above the mean (allowed: {MAX_SKIPS})"
+            raise Diverged(what, "resume from an earlier checkpoint with a lower --max-lr")
         return False
 
     def _z_score(self, norm: float) -> float:
@@ -62,11 +57,9 @@ class SpikeFilter:
         return (norm - mean) / max(std, 1e-12)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
         return {"accepted": list(self.accepted), "skips": list(self.skips), "num_skipped": self.num_skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
         self.accepted.extend(state["accepted"])
         self.skips.extend(state["skips"])
         self.num_skipped = state["num_skipped"]
@@ -82,24 +75,14 @@ def stop_on_non_finite_val_loss(val_loss: float, step: int, last_good: Path | No
 
 
 def stop_on_divergence(
-    step: int,
-    loss: float,
-    norm: float,
-    losses: list[Tensor],
-    scaler: torch.amp.GradScaler,
-    dist: Distributed,
-    describe_batch: Callable[[int], str],
-    last_good: Path | None,
-) -> None:
+    step: int, loss: float, norm: float, losses: list[Tensor], scaler: torch.amp.GradScaler,
+    dist: Distributed, describe_batch: Callable[[int], str], last_good: Path | None,
+) -> None:  # fmt: skip
     """Stops all ranks before an update with a non-finite loss or gradient norm.
 
-    Args:
-        loss, norm: mean over all ranks, and norm of the reduced gradient: equal on every rank.
-        losses: of this rank's micro-steps; `describe_batch` says what micro-step i trained on.
-        last_good: the newest checkpoint.
-
-    Raises:
-        Diverged: names rank, micro-step and text of the non-finite loss.
+    `loss`, the mean over all ranks, and `norm` are equal on every rank; `losses` are of this rank's
+    micro-steps, and `describe_batch` says what micro-step i trained on; `last_good` is the newest checkpoint.
+    Raises Diverged, which names rank, micro-step and text of the non-finite loss.
     """
     # In fp16 an infinite norm is normal: the gradient scaler skips the update and lowers the scale.
     scale_is_usable = scaler.is_enabled() and scaler.get_scale() >= 1

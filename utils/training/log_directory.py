@@ -57,17 +57,11 @@ def reserved(log_dir: Path, dist: Distributed) -> Iterator[None]:
         yield
 
 
-def written(log_dir: Path) -> list[str]:
-    """Names, or patterns of names, of what a run has written to its log directory."""
-    return [pattern for pattern in RUN_FILES if any(log_dir.glob(pattern))]
-
-
 def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | None:
     """Moves the files of an earlier run to `archive/<time of its first file>/`.
 
     Checkpoints go first, one rename each, so that a kill halfway leaves no checkpoint without its log. With
-    `checkpoints_after`, moves only the checkpoints of later steps. Returns the folder, or None if there was
-    nothing to move.
+    `checkpoints_after`, only those of later steps are moved. Returns the folder, None if nothing was moved.
     """
     files = [path for pattern in RUN_FILES for path in log_dir.glob(pattern)]
     if checkpoints_after is not None:

@@ -19,22 +19,13 @@ HEADROOM = 0.9  # share of the device's memory: exchange buffers and fragmentati
 
 
 def forward_backward(
-    model: nn.Module,
-    idx: Tensor,
-    targets: Tensor,
-    dtype: torch.dtype,
-    scaler: torch.amp.GradScaler | None = None,
-    micro_steps: int = 1,
-) -> Tensor:
+    model: nn.Module, idx: Tensor, targets: Tensor, dtype: torch.dtype,
+    scaler: torch.amp.GradScaler | None = None, micro_steps: int = 1,
+) -> Tensor:  # fmt: skip
     """Adds the gradient of a micro-batch, divided by `micro_steps`, to the parameters' gradients.
 
-    Args:
-        idx, targets: (B, T) token ids.
-        dtype: of matmuls, under autocast.
-        scaler: loss scaling for fp16.
-
-    Returns:
-        The mean loss of the micro-batch in nats, detached and still on the device.
+    `idx` and `targets` are (B, T) token ids, `dtype` is that of matmuls under autocast. Returns the mean loss
+    of the micro-batch in nats, detached and still on the device.
     """
     with autocast(idx.device, dtype):
         _, loss = model(idx, targets, return_logits=False)
@@ -43,35 +34,29 @@ def forward_backward(
     return loss.detach()
 
 
-def settle_gradient_buckets(
-    trained_model: nn.Module, micro_batch: int, seq_len: int, dtype: torch.dtype, dist: Distributed
-) -> None:
+def settle_ddp(model: nn.Module, B: int, T: int, dtype: torch.dtype, dist: Distributed) -> None:
     """Runs one micro-batch and discards its gradients, before the first step of every run.
 
     After its first exchange DDP rebuilds its buckets in the order in which gradients arrive, and from then on
-    sums in another order. Without this a resumed run would differ from an uninterrupted one in its first
-    step.
+    sums in another order: without this, the first step after a resume would differ.
     """
     if dist.is_alone:
         return
-    rows = torch.zeros(micro_batch, seq_len + 1, dtype=torch.long, device=dist.device)
+    rows = torch.zeros(B, T + 1, dtype=torch.long, device=dist.device)
     # With the strides of the loader's batches, or a compiled model would be compiled again.
-    forward_backward(trained_model, rows[:, :-1], rows[:, 1:], dtype)
-    trained_model.zero_grad(set_to_none=True)
+    forward_backward(model, rows[:, :-1], rows[:, 1:], dtype)
+    model.zero_grad(set_to_none=True)
 
 
 def choose_micro_batch(
-    args: Namespace, model: "GPT", dist: Distributed, dtype: torch.dtype, fallback: int
+    args: Namespace, model: "GPT", dist: Distributed, dtype: torch.dtype, default: int
 ) -> Decision:
-    """The largest micro-batch that fits on every rank, or `fallback` where a search does not pay.
-
-    The weights are unchanged when it returns.
-    """
+    """The largest B that fits on every rank, or `default` where a search does not pay; keeps the weights."""
     if model.lm_head.weight.device.type != "cuda":
-        return Decision(fallback, "auto: the preset's, because a search pays on CUDA only")
+        return Decision(default, "auto: the preset's, because a search pays on CUDA only")
     rows, rest = divmod(args.total_batch_tokens, args.seq_len * dist.world_size)
     if rest or not rows:
-        return Decision(fallback, "the batch is not a multiple of the windows of all ranks")
+        return Decision(default, "the batch is not a multiple of the windows of all ranks")
     weights = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     found = largest_that_fits(lambda B: _trial_step(model, B, args.seq_len, dist.device, dtype), rows)
     model.load_state_dict(weights)
@@ -91,8 +76,8 @@ def largest_that_fits(try_step: Callable[[int], None], rows: int) -> int:
             break
         found, B = B, 2 * B
     if not found:
-        what = "not even one window fits the device's memory"
-        raise UserError(what, "use a smaller model or --seq-len", one_rank_only=True)
+        hint = "use a smaller model or --seq-len"
+        raise UserError("not even one window fits the device's memory", hint, one_rank_only=True)
     return found
 
 
@@ -119,8 +104,6 @@ def explain_out_of_memory(args: Namespace) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         smaller = max(1, args.micro_batch // 2) if args.micro_batch != "auto" else 1
-        raise UserError(
-            f"out of memory with --micro-batch {args.micro_batch}",
-            f"use --micro-batch {smaller} or auto: the batch of an update stays the same; then --resume",
-            one_rank_only=True,
-        ) from error
+        what = f"out of memory with --micro-batch {args.micro_batch}"
+        hint = f"use --micro-batch {smaller} or auto: the batch of an update stays the same; then --resume"
+        raise UserError(what, hint, one_rank_only=True) from error

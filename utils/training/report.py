@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,6 @@ PUBLISHED_RECIPE = dict(
     n_layer=12, n_head=12, n_embd=768, seq_len=1024, total_batch_tokens=524288, max_steps=19073,
     warmup_steps=715, max_lr=6e-4, min_lr=6e-5, weight_decay=0.1, grad_clip=1.0,
 )  # fmt: skip
-HELLASWAG_EXAMPLES = 10042  # of the validation split, where a record does not say how many were used
 
 
 def read_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
@@ -73,11 +73,7 @@ def smoothed(values: list[float], memory: float = 0.95) -> list[float]:
 
 
 def plot_run(log_dir: Path) -> Path | None:
-    """Draws `curves.png` in the log directory; returns its path, or None where nothing was logged.
-
-    Raises:
-        UserError: matplotlib is missing.
-    """
+    """Draws `curves.png`, returns its path, None for an empty log. Raises UserError without matplotlib."""
     figure = new_figure()
     curves = read_log(log_dir / "log.txt")
     if not curves:
@@ -146,12 +142,7 @@ def save_picture(figure: "Figure", path: Path) -> Path:
 
 
 def write_report(log_dir: Path) -> Path:
-    """Writes `report.md` from log.txt, metrics.jsonl and samples.txt, and returns its path.
-
-    Raises:
-        UserError: the directory holds no run, or only the start of one.
-        OSError: it cannot be written.
-    """
+    """Writes `report.md` from the logs, and returns its path. Raises UserError if they hold no run."""
     records = read_metrics(log_dir / "metrics.jsonl")
     starts = [r for r in records if r["kind"] == "run"]
     curves = read_log(log_dir / "log.txt") if (log_dir / "log.txt").is_file() else {}
@@ -181,13 +172,7 @@ def table(title: str, rows: dict[str, Any]) -> str:
 
 
 def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[str, tuple]) -> dict[str, str]:
-    """What the run reached and what it took, as rows of a table.
-
-    Args:
-        start: the last "run" record: settings and parameters.
-        records: all records of metrics.jsonl.
-        curves: of log.txt.
-    """
+    """What the run reached and took, as rows of a table; `start` is the last "run" record of `records`."""
     settings, updates = start["settings"], [r for r in records if r["kind"] == "train"]
     rows = {"parameters": f"{start['parameters']:,}"}
     steps = updates[-1]["step"] + 1 if updates else 0
@@ -205,8 +190,8 @@ def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[s
         if published := published_val_losses(records).get(step):
             rows["val loss"] += f" (published for this recipe on FineWeb-Edu: {published})"
         rows["val perplexity"] = perplexity(loss)
-    if "hella" in curves:
-        rows["HellaSwag"] = hellaswag_result(curves, records, settings)
+    if hellaswag := [r for r in records if r["kind"] == "hella"]:
+        rows["HellaSwag"] = hellaswag_result(**hellaswag[-1])
     return rows
 
 
@@ -218,28 +203,19 @@ def speed(updates: list[dict[str, Any]], tokens_per_step: int) -> dict[str, str]
         "time of updates": format_duration(total),
         "speed": f"{tokens_per_step / median:,.0f} tokens/s, {1000 * median:,.0f} ms a step (median)",
     }
-    mfu = [r["mfu"] for r in updates if r.get("mfu") is not None]
-    if mfu:
+    if mfu := [r["mfu"] for r in updates if r.get("mfu") is not None]:
         rows["MFU"] = f"{100 * sum(mfu) / len(mfu):.1f} %"
-    memory = max((r.get("memory") or 0 for r in updates), default=0)
-    if memory:
+    if memory := max(r.get("memory") or 0 for r in updates):
         rows["peak memory"] = f"{memory / 1e9:.2f} GB"
     return rows
 
 
-def hellaswag_result(
-    curves: dict[str, tuple], records: list[dict[str, Any]], settings: dict[str, Any]
-) -> str:
-    """The last accuracy with its standard error, beside the published ones."""
-    step, accuracy = curves["hella"][0][-1], curves["hella"][1][-1]
-    last = next((r for r in reversed(records) if r["kind"] == "hella"), {})
-    count = last.get("examples") or settings.get("hellaswag_examples")
-    count = count if isinstance(count, int) and count > 0 else HELLASWAG_EXAMPLES
+def hellaswag_result(step: int, accuracy: float, examples: int, **rest: Any) -> str:
+    """The accuracy of a record with its standard error, beside the published ones."""
     published = ", ".join(f"{name} {value:.4f}" for name, value in HELLASWAG_REFERENCES.items())
-    return (
-        f"{accuracy:.4f} ± {standard_error(accuracy, count):.4f} on {count:,} examples after step {step:,} "
-        f"(published: {published})"
-    )
+    error = standard_error(accuracy, examples)
+    where = f"on {examples:,} examples after step {step:,}"
+    return f"{accuracy:.4f} ± {error:.4f} {where} (published: {published})"
 
 
 def environment(starts: list[dict[str, Any]]) -> dict[str, str]:
@@ -260,9 +236,7 @@ def samples_section(path: Path) -> str:
     """The last samples, in a code block whose fence no sample can close; empty if there are none."""
     if not path.is_file():
         return ""
-    parts = path.read_text(encoding="utf-8").split("\n--- step ")
-    parts[0] = parts[0][len("--- step ") :] if parts[0].startswith("--- step ") else ""
-    parts = [part for part in parts if part]
+    parts = re.split("^--- step ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     if not parts:
         return ""
     step = parts[-1].split(",")[0]

@@ -4,13 +4,14 @@ A resumed run is bitwise equal to an uninterrupted one on the same machine, PyTo
 and of threads, in eager mode; on CUDA with --deterministic.
 """
 
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from utils.command_line import UserError
+from utils.command_line import UserError, format_bytes
 from utils.distributed import Distributed, restart_count
 from utils.runtime import device_name
 from utils.training.data_source import Data
@@ -19,18 +20,18 @@ from utils.training.run_log import RunLog
 from utils.training.state import TrainState
 from utils.weights.checkpoint import (
     Checkpoint,
-    free_space,
     load_pair,
     model_content,
     model_files,
     newest_complete,
+    pair_bytes,
     prune,
     save_pair,
     versions,
 )
 
 if TYPE_CHECKING:
-    from gpt_model import GPTConfig
+    from gpt_model import GPT
 
 # Resuming compares all settings. Another value of these would repeat windows or leave some out: refused.
 REFUSED = ("seq_len", "seed", "shuffle")
@@ -54,20 +55,13 @@ class Identity(NamedTuple):
     environment: dict[str, Any]  # what results depend on besides the settings
 
 
-def identity_of(
-    args: Namespace, config: "GPTConfig", data: Data, dist: Distributed, dtype: torch.dtype
-) -> Identity:
+def identity_of(args: Namespace, model: "GPT", data: Data, dist: Distributed, dtype: torch.dtype) -> Identity:
     """The identity of this run; `dtype` is the one in use, because "auto" depends on the device."""
-    environment = dict(
-        versions(),
-        world_size=dist.world_size,
-        threads=torch.get_num_threads(),
-        device=device_name(dist.device),
-        computes_in=str(dtype),
-    )
+    environment = dict(versions(), world_size=dist.world_size, threads=torch.get_num_threads())
+    environment.update(device=device_name(dist.device), computes_in=str(dtype))
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     fingerprints = [data.train.fingerprint(), data.val.fingerprint()]
-    return Identity(vars(config).copy(), settings, data.tokenizer.state(), fingerprints, environment)
+    return Identity(vars(model.config).copy(), settings, data.tokenizer.state(), fingerprints, environment)
 
 
 def save_checkpoint(
@@ -97,7 +91,9 @@ def save_checkpoint(
             reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
             if "unexpected pos" in reason:  # torch.save reports a full disk as a position in the stream
                 reason = "the file could not be written completely"
-            space, kept = free_space(args.log_dir, state.model), state.newest_checkpoint or "nothing so far"
+            need = format_bytes(sum(pair_bytes(state.model.num_parameters())))
+            space = f"free {format_bytes(shutil.disk_usage(args.log_dir).free)}, need {need}"
+            kept = state.newest_checkpoint or "nothing so far"
             log.say(f"warning: could not {failed}: {reason} ({space}); keeping {kept}")
     dist.barrier()
     state.saved = dist.broadcast(state.saved)
@@ -108,8 +104,7 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
     """Reads the checkpoint that --resume asks for; None for a fresh start, and on ranks other than 0.
 
     After a restart by torchrun, which repeats the original command, the newest one takes precedence.
-    `--micro-batch auto` becomes the micro-batch of the checkpoint; `reasons` is told. Raises UserError if it
-    is missing or damaged.
+    `--micro-batch auto` becomes that of the checkpoint. Raises UserError if it is missing or damaged.
     """
     # A machine whose own workers did not fail has not counted the restart.
     if dist.max_number(restart_count()) and (args.resume is None or model_files(args.log_dir)):
@@ -155,10 +150,7 @@ def start_or_resume(
 
     lines = dist.on_master(prepare)
     # From rank 0 to every rank: nodes need no shared disk.
-    saved = checkpoint and {
-        **checkpoint.state,
-        **{key: checkpoint.model[key] for key in ("model", "val_loss")},
-    }
+    saved = checkpoint and {**checkpoint.model, **checkpoint.state}
     if saved := dist.broadcast_state(saved):
         state.load_state_dict(saved)
         state.saved = state.moment()
@@ -171,27 +163,19 @@ def start_or_resume(
 
 
 def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
-    """Compares a checkpoint with this run; returns warnings about differences, where this run's values count.
-
-    Raises:
-        UserError: another architecture, tokenizer or data, or a setting that is refused; lists all of them.
-    """
-    saved = checkpoint.state
-    problems = [
-        f"has {key}={checkpoint.model['config'].get(key)}, this run asks {key}={value}"
-        for key, value in identity.config.items()
-        if checkpoint.model["config"].get(key) != value
-    ]
+    """Warnings about changed settings. Raises UserError, with all reasons, if it is of another run."""
+    saved, config, problems = checkpoint.state, checkpoint.model["config"], []
+    for key, value in identity.config.items():
+        if config.get(key) != value:
+            problems.append(f"has {key}={config.get(key)}, this run asks {key}={value}")
     changed = {
         key: (saved["train_args"][key], value)
         for key, value in identity.settings.items()
         if key not in (*BY_CONTENT, *HARMLESS) and saved["train_args"].get(key, value) != value
     }
-    problems += [
-        f"was made with {key}={changed[key][0]}, this run has {key}={changed[key][1]}"
-        for key in REFUSED
-        if key in changed
-    ]
+    for key in REFUSED:
+        if key in changed:
+            problems.append(f"was made with {key}={changed[key][0]}, this run has {key}={changed[key][1]}")
     if saved["tokenizer"] != identity.tokenizer:
         problems.append(f"was made with another tokenizer ({saved['tokenizer']['name']})")
     if saved["data"] != identity.data:
@@ -216,8 +200,6 @@ def _data_changes(before: list[dict], now: list[dict]) -> str:
         [tuple(entry) for stream in streams for entry in stream.get("shards", stream.items())]
         for streams in (before, now)
     )
-    lost, added = (
-        ", ".join(f"{name} {value}" for name, value in [entry for entry in a if entry not in b][:3])
-        for a, b in ((old, new), (new, old))
-    )
+    lost = ", ".join([f"{entry[0]} {entry[1]}" for entry in old if entry not in new][:3])
+    added = ", ".join([f"{entry[0]} {entry[1]}" for entry in new if entry not in old][:3])
     return f"before: {lost or 'nothing else'}; now: {added or 'nothing else'}"

@@ -22,17 +22,11 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Catches SIGTERM, SIGINT and SIGUSR1 inside its `with` block.
-
-    Args:
-        dist: the ranks that must agree.
-    """
+    """Catches SIGTERM, SIGINT and SIGUSR1 inside its `with` block; the ranks of `dist` must agree to stop."""
 
     def __init__(self, dist: Distributed):
-        self.dist = dist
-        self.received = 0
-        self.received_at = 0.0
-        self.parent = os.getppid()
+        self.dist, self.parent = dist, os.getppid()
+        self.received, self.received_at = 0, 0.0  # the number of the signal, and when it came
 
     def __enter__(self) -> "StopSignals":
         self.earlier = {number: signal.signal(number, self._remember) for number in EXIT_CODES}
@@ -44,20 +38,14 @@ class StopSignals:
 
     def _remember(self, number: int, frame: object) -> None:
         waited = time.monotonic() - self.received_at
-        if (
-            number == signal.SIGINT == self.received
-            and waited > SECOND_SIGINT_SECONDS
-            and not launched_by_torchrun()
-        ):
+        is_second = number == signal.SIGINT == self.received and waited > SECOND_SIGINT_SECONDS
+        if is_second and not launched_by_torchrun():
             os._exit(EXIT_CODES[signal.SIGINT])  # the second Ctrl-C: stop at once, without saving
         if not self.received:
             self.received, self.received_at = number, time.monotonic()
 
     def poll(self) -> None:
-        """Raises Stopped on every rank if any rank received a signal or lost its launcher.
-
-        A collective over the control group: every rank must call it equally often.
-        """
+        """Raises Stopped on all ranks if one was signalled or orphaned; all must call it equally often."""
         # When torchrun is killed its workers survive, and would keep writing. A process started by hand must
         # continue when its shell ends: that is what nohup is for.
         if launched_by_torchrun() and os.getppid() != self.parent and not self.received:

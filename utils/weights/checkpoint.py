@@ -9,10 +9,9 @@ import errno
 import os
 import platform
 import re
-import shutil
 import uuid
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,12 +66,6 @@ def pair_bytes(num_parameters: int) -> tuple[int, int]:
     return 4 * num_parameters, 8 * num_parameters
 
 
-def free_space(log_dir: Path, model: torch.nn.Module) -> str:
-    """The free disk space and what a checkpoint needs, as text."""
-    needed = sum(pair_bytes(sum(p.numel() for p in model.parameters())))
-    return f"free {shutil.disk_usage(log_dir).free / 1e6:,.1f} MB, need {needed / 1e6:,.1f} MB"
-
-
 def checkpoints_to_keep(
     steps: Collection[int], keep_pairs: int, keep_every: int, final_step: int
 ) -> tuple[set[int], set[int]]:
@@ -86,18 +79,16 @@ def checkpoints_to_keep(
     return newest | milestones, newest
 
 
-def prune(
-    log_dir: Path, keep_pairs: int, keep_every: int, final_step: int, resumed_from: Path | None
-) -> None:
+def prune(log_dir: Path, keep_pairs: int, keep_every: int, final_step: int, resumed: Path | None) -> None:
     """Deletes the checkpoints that `checkpoints_to_keep` does not list; call it after a new one is written.
 
-    The checkpoint `resumed_from`, a model file in `log_dir`, is kept too, and so is every model file without
+    The checkpoint `resumed`, a model file in `log_dir`, is kept too, and so is every model file without
     an optimizer file. An optimizer file without a model file is deleted.
     """
     states = {step_of(path): path for path in log_dir.glob("optimizer_*.pt") if step_of(path) >= 0}
     pairs = [step for step in states if model_path(log_dir, step).exists()]
     models, optimizers = checkpoints_to_keep(pairs, keep_pairs, keep_every, final_step)
-    protected = set() if resumed_from is None else {step_of(resumed_from)}
+    protected = set() if resumed is None else {step_of(resumed)}
     for step in states.keys() - optimizers - protected:
         if step not in models:
             model_path(log_dir, step).unlink(missing_ok=True)
@@ -152,7 +143,7 @@ def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:
                 raise OSError(f"{path} was not written correctly: checksum mismatch in {damaged}")
 
 
-def newest_complete(log_dir: Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+def newest_complete(log_dir: Path) -> Checkpoint | None:
     """The newest checkpoint that can be resumed from, or None if there is no model file.
 
     Those without an optimizer file are skipped, damaged ones with a warning. Raises UserError if there are
@@ -164,7 +155,7 @@ def newest_complete(log_dir: Path, say: Callable[[str], None] = print) -> Checkp
             try:
                 return load_pair(path)
             except UserError as error:
-                say(f"warning: {error}; trying the one before")
+                print(f"warning: {error}; trying the one before")
     if not paths:
         return None
     what = f"none of the {len(paths)} model files in {log_dir} can be resumed from"
@@ -184,10 +175,7 @@ def load_pair(path: Path) -> Checkpoint:
 
 
 def load_model_file(path: str | Path) -> dict[str, Any]:
-    """The content of a model file, see `model_content`, or of a checkpoint of nanoGPT or build-nanogpt.
-
-    Raises UserError if the file is missing, damaged or not such a checkpoint.
-    """
+    """The content of a model file of ours, or of nanoGPT. Raises UserError if it is missing or damaged."""
     path = Path(path)
     content = load_checked(path)
     if not _is_ours(content) and is_foreign(content):

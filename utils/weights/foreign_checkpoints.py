@@ -42,10 +42,8 @@ def convert(content: dict[str, Any], path: Path) -> dict[str, Any]:
             if name.startswith(("transformer.h.", "transformer.ln_f.")):
                 weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(weight), dtype=weight.dtype)
     if is_nanogpt and environment_rank() == 0:
-        print(
-            f"warning: {path} is nanoGPT's, whose newer versions compute GELU exactly; "
-            "GPT-2's tanh approximation, used here, shifts its loss slightly"
-        )
+        shift = "GPT-2's tanh approximation, used here, shifts its loss slightly"
+        print(f"warning: {path} is nanoGPT's, whose newer versions compute GELU exactly; {shift}")
     val_loss = content.get("best_val_loss" if is_nanogpt else "val_loss")
     return {
         "model": weights,

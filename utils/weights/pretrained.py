@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -22,17 +22,15 @@ CHARACTERS_FILE = "characters.json"  # ids of a character model that utils/weigh
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 
 
-def load_gpt2_weights(
-    name_or_dir: str, released: dict[str, dict[str, int]]
-) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Reads a released GPT-2 by its name, a key of `released`, or a folder written by `save_pretrained`.
+def load_gpt2_weights(name_or_dir: str, names: Collection[str]) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Reads a released GPT-2 by its name, one of `names`, or a folder written by `save_pretrained`.
 
     Returns (arguments for GPTConfig, state dict with our names and shapes). Raises UserError for an unknown
     name, without transformers, if the weights are not available, or if it is not a plain GPT-2.
     """
-    if name_or_dir not in released and not Path(name_or_dir).is_dir():
+    if name_or_dir not in names and not Path(name_or_dir).is_dir():
         hint = "or give a folder that save_pretrained of transformers wrote"
-        raise UserError(f"unknown model {name_or_dir!r}; choose {', '.join(released)}", hint)
+        raise UserError(f"unknown model {name_or_dir!r}; choose {', '.join(names)}", hint)
     source, loading_info = _load_with_transformers(name_or_dir)
     config = source.config
     _check_is_plain_gpt2(config, name_or_dir)  # first: another kind of model has other weights, too
@@ -49,10 +47,7 @@ def load_gpt2_weights(
 
 
 def tokenizer_state_of(name_or_dir: str) -> dict[str, str]:
-    """State for `tokenizer_from_state`: "gpt2", the characters in a folder, or "folder" for its own files.
-
-    Raises UserError if the folder's characters.json or tokenizer files are damaged.
-    """
+    """State for `tokenizer_from_state`: "gpt2", "char" or "folder". Raises UserError for damaged files."""
     folder = Path(name_or_dir)
     path = folder / CHARACTERS_FILE
     if not path.is_file():
@@ -77,10 +72,7 @@ def _import_transformers() -> ModuleType:
 
 
 def _load_with_transformers(name_or_dir: str) -> tuple[Any, dict[str, Any]]:
-    """(GPT2LMHeadModel, loading info: the weights that its files lack, or hold in excess or in other sizes).
-
-    A model in the cache is loaded without asking the network.
-    """
+    """(model, loading info: weights missing, unexpected or mismatched), offline if it is in the cache."""
     transformers = _import_transformers()
     is_folder = Path(name_or_dir).is_dir()
     source = name_or_dir if is_folder else f"openai-community/{name_or_dir}"
@@ -146,10 +138,7 @@ def _check_is_plain_gpt2(config: Any, name: str) -> None:
 
 
 class FolderTokenizer:
-    """The tokenizer in a folder of transformers, as a `utils.tokenizer.Tokenizer`.
-
-    Special tokens in a text are always recognised, as transformers does by default.
-    """
+    """A transformers folder's tokenizer; as by default there, special tokens in a text are recognised."""
 
     name = "folder"
 
