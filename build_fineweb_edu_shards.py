@@ -6,8 +6,8 @@
     python build_fineweb_edu_shards.py --verify               compare every shard with the manifest
 
 Every document becomes <|endoftext|> followed by its GPT-2 tokens, as uint16. The documents of a corpus, in
-order, are one sequence of tokens, which is cut into shards without a gap; shard 0 is val. A build that was
-stopped in any manner continues when the same command runs again, and ends with the same bytes.
+order, are one sequence of tokens, which is cut into shards without a gap; shard 0 is val. A build that stops
+for any reason continues when the same command is run again, and produces the same bytes.
 """
 
 import shutil
@@ -92,7 +92,7 @@ def pack(
         available = queue.fill(2 * shard_tokens if number == 0 else shard_tokens)
         if available == 0:
             if number == 0:
-                raise UserError("the input has no documents", "give --input text")
+                raise UserError("the input contains no documents", "check --input and --text-field")
             manifest.complete = True
             manifest.save()
             break

@@ -331,7 +331,7 @@ def score_style(
     dist = Distributed(model.lm_head.weight.device)
     with tqdm(total=len(examples), unit=" examples", disable=None) as bar:  # None: only on a terminal
         for batch, loss_sum in score_examples(model, examples, dtype, batch_tokens, dist):
-            if not np.isfinite(loss_sum).all():  # argmin would answer 0, and be right for a quarter
+            if not np.isfinite(loss_sum).all():  # argmin would pick 0, and be right by chance in 1 of 4
                 raise UserError("the model's losses are not finite", "use --dtype float32, or other weights")
             tenths_before = 10 * len(records) // len(examples)
             for example, losses in zip(batch, loss_sum):

@@ -91,7 +91,7 @@ class CausalSelfAttention(nn.Module):
         is_causal = mask is None and T > 1
         # softmax(q k^T / sqrt(D)) v, without the (T, T) matrix where FlashAttention (Dao et al. 2022) runs.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -311,7 +311,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> "GPT":
-        """Loads OpenAI's weights by name, or a folder of transformers. Raises UserError if it is no GPT-2."""
+        """Loads OpenAI's weights by name, or a transformers folder. Raises UserError if it is not a GPT-2."""
         from utils.weights.pretrained import load_gpt2_weights, tokenizer_state_of
 
         config, state_dict = load_gpt2_weights(str(name_or_dir), PRETRAINED_CONFIGS)

@@ -1,11 +1,11 @@
 """Trains a GPT-2: on a laptop, on one GPU, or on many.
 
-    python train_gpt.py                                        what suits this machine and its data
+    python train_gpt.py                                        the preset that suits machine and data
     python train_gpt.py --preset char --data input.txt         a character model in a minute
     torchrun --standalone --nproc_per_node=8 train_gpt.py      the GPT-2 124M run on FineWeb-Edu
 
-The constants are the faithful run; each line declares a constant and the flag of which it is the default. A
-preset is a small table of other defaults.
+The constants define the faithful GPT-2 124M run; each line declares a constant and the flag whose default it
+is. A preset is a small table of other defaults.
 
 Shapes: B micro-batch, T time (tokens of a window).
 """
@@ -60,32 +60,32 @@ flag = Flags()
 flag.group("model and data")
 DATA = flag("--data", None, str, "shards or text file; default: edu_fineweb10B/, input.txt, else a download")
 TOKENIZER = flag("--tokenizer", "gpt2", ("gpt2", "char"), "how a text file becomes tokens")
-SHUFFLE = flag("--shuffle", "on", ("on", "off"), "windows in a seeded random order, or in that of the data")
+SHUFFLE = flag("--shuffle", "on", ("on", "off"), "shuffle the windows by the seed, or keep the data's order")
 INIT_FROM = flag("--init-from", None, str, "start from gpt2[-medium|-large|-xl], a checkpoint or a folder")
 N_LAYER = flag("--n-layer", 12, positive_int, "number of layers")  # 12, 12, 768: GPT-2 124M
 N_HEAD = flag("--n-head", 12, positive_int, "number of attention heads")
 N_EMBD = flag("--n-embd", 768, positive_int, "number of channels")
-SEQ_LEN = flag("--seq-len", 1024, positive_int, "T: tokens of a window, and block size of a new model")
+SEQ_LEN = flag("--seq-len", 1024, positive_int, "T: tokens per window, and block size of a new model")
 
 flag.group("recipe")
 # B changes speed and memory only: an update sees TOTAL_BATCH_TOKENS for any B and any number of ranks.
 MICRO_BATCH = flag("--micro-batch", 64, int_or_auto, "B: windows per forward pass; auto: as many as fit")
-TOTAL_BATCH_TOKENS = flag("--total-batch-tokens", 2**19, positive_int, "tokens of an update, over all ranks")
+TOTAL_BATCH_TOKENS = flag("--total-batch-tokens", 2**19, positive_int, "tokens per update, over all ranks")
 MAX_STEPS = flag("--max-steps", 19073, positive_int, "number of updates")  # 10e9 tokens / 2**19
 WARMUP_STEPS = flag("--warmup-steps", 715, non_negative_int, "updates of linear warmup")  # 375M tokens
 MAX_LR = flag("--max-lr", 6e-4, positive_float, "peak learning rate")
 MIN_LR = flag("--min-lr", 6e-5, non_negative_float, "final learning rate")  # a tenth of the peak
 WEIGHT_DECAY = flag("--weight-decay", 0.1, non_negative_float, "for parameters with at least two dimensions")
 GRAD_CLIP = flag("--grad-clip", 1.0, positive_float, "maximum norm of the gradient")  # Pascanu et al. 2013
-SKIP_SPIKES = flag("--skip-spikes", 0.0, non_negative_float, "skip norms Z sigmas above the mean; 0: none")
+SKIP_SPIKES = flag("--skip-spikes", 0.0, non_negative_float, "skip norms this many sigmas above mean; 0: off")
 SEED = flag("--seed", 1337, non_negative_int, "seed of initial weights and data order")
 
 flag.group("evaluation (every N steps and after the last; 0: never)")
 VAL_EVERY = flag("--val-every", 250, non_negative_int, "steps between validations")
-VAL_TOKENS = flag("--val-tokens", 10485760, positive_int, "tokens of a validation; at most the whole split")
+VAL_TOKENS = flag("--val-tokens", 10485760, positive_int, "tokens per validation; at most the whole split")
 HELLASWAG_EVERY = flag("--hellaswag-every", 250, non_negative_int, "steps between HellaSwag evaluations")
 HELLASWAG_EXAMPLES = flag("--hellaswag-examples", None, positive_int, "the first N examples; default: all")
-HELLASWAG_DIR = flag("--hellaswag-dir", None, Path, "folder of its file; default: $HELLASWAG_DIR, hellaswag/")
+HELLASWAG_DIR = flag("--hellaswag-dir", None, Path, "folder of its data; default: $HELLASWAG_DIR, hellaswag/")
 SAMPLE_EVERY = flag("--sample-every", 250, non_negative_int, "steps between samples")
 SAMPLE_PROMPT = flag("--sample-prompt", "Hello, I'm a language model,", str, "prompt of the samples")
 SAMPLE_TOKENS, NUM_SAMPLES = 32, 4  # per sample; samples each time
@@ -96,16 +96,16 @@ LOG_DIR = flag("--log-dir", Path(__file__).resolve().parent / "log", Path, "fold
 flag("--resume", None, str, "continue from the newest checkpoint, or this one", nargs="?", const="newest")
 CHECKPOINT_EVERY = flag("--checkpoint-every", 1000, non_negative_int, "steps between saves; 0: the last only")
 KEEP_CHECKPOINTS = flag("--keep-checkpoints", 2, positive_int, "newest checkpoints to keep for resuming")
-KEEP_EVERY = flag("--keep-every", 5000, non_negative_int, "keep models of multiples of N steps; 0: last only")
+KEEP_EVERY = flag("--keep-every", 5000, non_negative_int, "also keep models of every N-th step; 0: last only")
 DEVICE = flag("--device", "auto", str, "auto, cpu, cuda, cuda:N or mps")
 DTYPE = flag("--dtype", "auto", ("auto", *runtime.DTYPES), "dtype of matmuls")
 COMPILE = flag("--compile", "auto", "on", "use torch.compile; auto: where it pays")
 flag("--no-compile", None, "off", "do not use torch.compile", dest="compile")
-flag("--deterministic", False, bool, "the same bits in every run, where the device can")
+flag("--deterministic", False, bool, "bitwise equal results in every run, where supported")
 flag("--tensorboard", False, bool, "mirror the metrics to TensorBoard, in the log directory")
 flag("--wandb", False, bool, "mirror the metrics to Weights & Biases")
 flag("--dry-run", False, bool, "print the plan, measure a few steps, and train nothing")
-flag("--cost-per-hour", None, positive_float, "of all machines together; --dry-run prints the cost")
+flag("--cost-per-hour", None, positive_float, "price of all machines, for the cost in --dry-run")
 DIST_TIMEOUT = flag("--dist-timeout", 600, positive_float, "seconds after which a hanging rank ends the job")
 
 PRESETS = {
@@ -184,8 +184,8 @@ def update(
     """One update: `micro_steps` micro-batches forward and backward, then a step of the optimizers.
 
     Args:
-        batches: of this rank, (idx, targets), each (B, T).
-        poll: called before every micro-step; an exception of it leaves the weights unchanged.
+        batches: those of this rank: (idx, targets), each (B, T).
+        poll: called before every micro-step; if it raises, the weights are unchanged.
         describe_batch: where micro-step i's batch comes from, for the message of a non-finite loss.
 
     Returns the mean loss of all tokens of the update in nats, and the norm of the gradient before clipping.
@@ -238,7 +238,7 @@ class Run(NamedTuple):
 
 
 def write_samples(run: Run, log: RunLog) -> None:
-    """Lets the model continue the prompt, on rank 0."""
+    """Samples continuations of the prompt, on rank 0."""
     if not run.dist.is_master:
         return
     model, tokenizer, prompt = run.state.model, run.data.tokenizer, run.args.sample_prompt
@@ -262,7 +262,7 @@ def train(run: Run, log: RunLog) -> None:
     args, dist, state, poll = run.args, run.dist, run.state, run.stop.poll
     progress = state.progress
     windows_per_step = args.total_batch_tokens // args.seq_len
-    # The position in the data is a count of windows, not of steps: the batch may change at a resume.
+    # The position in the data is a count of windows, not of steps: the batch size may change when resuming.
     batches = run.train_loader.train_batches(progress.windows)
     flops = state.model.flops_per_token(args.seq_len) * args.total_batch_tokens
     peak = runtime.peak_flops(dist.device, dist.world_size)
@@ -318,8 +318,8 @@ def load_model_and_data(args: Namespace, dist: Distributed) -> tuple[GPT, Data]:
     if model is None:
         sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
         config = GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
-        # A dry run tells that a model is too large without trying to allocate it.
-        outline = outline_if_too_large(lambda: GPT(config), dist.device) if args.dry_run else None
+        # A dry run reports that a model is too large, without trying to allocate it.
+        outline = outline_if_too_large(lambda: GPT(config), dist) if args.dry_run else None
         model = outline or GPT(config).to(dist.device)
     check_model_reads(model.config, args.seq_len, data.tokenizer)
     return model, data
@@ -327,7 +327,7 @@ def load_model_and_data(args: Namespace, dist: Distributed) -> tuple[GPT, Data]:
 
 def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[str, str]) -> Run:
     """Decides, checks and builds all that the loop needs; `reasons` collects the decisions as text."""
-    # Each decision comes with its reason, which is printed: nothing is chosen in silence.
+    # Each decision comes with its reason, which the start lines print.
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     compiles = runtime.choose_compile(args.compile, dist.device)
     numerics = runtime.set_numerics(args.seed, deterministic=args.deterministic)
@@ -384,7 +384,7 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
             log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
             return stop.exit_code
         except Exception as error:
-            # The other ranks fail after this one: the messages must tell which failed first, and where.
+            # The other ranks fail after this one: the message must say which failed first, and where.
             if not (dist.is_alone or isinstance(error, UserError)):
                 print(f"rank {dist.rank} failed at step {state.progress.step}:", file=sys.stderr, flush=True)
             raise
@@ -424,7 +424,8 @@ def main(argv: list[str] | None = None) -> int:
         reasons = {"preset": f"{args.preset} ({preset_reason})"}
         reasons["device"] = f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}"
         if args.dry_run:
-            find_checkpoint(args, dist, reasons)
+            if args.micro_batch == "auto":
+                find_checkpoint(args, dist, reasons)
             run = set_up(args, dist, StopSignals(dist), reasons)
             return dry_run(run.plan, run.state, run.dtype)
         # Signals are caught, and the log directory is locked, before anything is read or changed.

@@ -53,7 +53,10 @@ def test_temporary_files_of_killed_processes_are_removed_by_name(tmp_path):
         (tmp_path / name).touch()
     assert remove_temporary_files(tmp_path, "*.pt") == [".a.pt.tmp-1", ".a.pt.tmp-22"]
     assert remove_temporary_files(tmp_path) == [".b.txt.tmp-1"]
-    assert names(tmp_path) == [".lock", "a.pt", "c.tmp-1"]
+    (tmp_path / ".d.tmp-1").mkdir()  # left by an export into this folder: not a file to delete
+    (tmp_path / ".e.tmpl").touch()
+    assert remove_temporary_files(tmp_path) == []
+    assert names(tmp_path) == [".d.tmp-1", ".e.tmpl", ".lock", "a.pt", "c.tmp-1"]
 
 
 HOLD_LOCK = """

@@ -1,4 +1,4 @@
-"""Faster float32 matmuls on some CPUs, put into a finished model from outside.
+"""Faster float32 matmuls on some CPUs, installed in an existing model by `use_fast_linear`.
 
 - PyTorch multiplies with Intel's MKL, which does not use AVX-512 on AMD. oneDNN, which PyTorch ships for
   compiled models, does: 330 to 520 GFLOP/s instead of 210 to 235, measured on two Zen 5 cores.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 FEW_ROWS = 4  # sequences sampled together; from eight on, splitting gains nothing
-PARTS = 8  # of the weight's rows; on two cores two parts do as well
+PARTS = 8  # of the weight's rows; on two cores, two parts are as fast
 
 
 class FastLinear(nn.Linear):

@@ -123,7 +123,7 @@ class WindowLoader:
         self.windows_per_epoch = (self.stream.num_tokens - 1) // self.seq_len
 
     def window_at(self, number: int) -> int:
-        """The window that training sees as its `number`-th, counted from 0 over all epochs."""
+        """The window at place `number` of the training order, counted from 0 over all epochs."""
         # The whole order of the data is decided here, and depends on neither rank nor micro-batch.
         epoch, place = divmod(number, self.windows_per_epoch)
         if self.seed is None:
@@ -164,10 +164,10 @@ class WindowLoader:
         # One thread prepares the next batch while the device works on the current one. A thread is enough:
         # reading and copying release the global interpreter lock.
         with ThreadPoolExecutor(max_workers=1) as pool:
-            coming = pool.submit(prepare, 0)
+            next_batch = pool.submit(prepare, 0)
             for index in itertools.count(1):
-                batch = coming.result()
-                coming = pool.submit(prepare, index)
+                batch = next_batch.result()
+                next_batch = pool.submit(prepare, index)
                 yield batch
 
     def describe_batch(self, first: int, micro_step: int, decode: Callable[[np.ndarray], str]) -> str:

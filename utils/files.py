@@ -7,6 +7,7 @@ killed leaves the old file or the new one, and at most one temporary file for th
 import hashlib
 import http.client
 import os
+import re
 import shutil
 import sys
 import urllib.request
@@ -35,7 +36,8 @@ def remove_temporary_files(folder: Path, name: str = "*") -> list[str]:
 
     Call it under the folder's lock. `name` is a pattern of the final names, as for `Path.glob`.
     """
-    leftovers = sorted(path for path in folder.glob(f".{name}.tmp*") if path.is_file())
+    found = sorted(path for path in folder.glob(f".{name}.tmp*") if path.is_file())
+    leftovers = [path for path in found if re.search(r"\.tmp(-\d+)?$", path.name)]  # older names have no PID
     for path in leftovers:
         path.unlink(missing_ok=True)
     return [path.name for path in leftovers]

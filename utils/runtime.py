@@ -62,7 +62,7 @@ def choose_device(requested: str, local_rank: int = 0) -> Decision:
     has_mps = torch.backends.mps.is_available()
     devices = ["cpu", *(f"cuda:{i}" for i in range(num_gpus)), *(["mps"] if has_mps else [])]
     found = ", ".join(devices)
-    reason = "as asked"
+    reason = "as requested"
     if requested == "auto":
         requested = "cuda" if num_gpus else "mps" if has_mps else "cpu"
         reasons = {"cuda": f"{num_gpus} CUDA device(s) found", "mps": "no CUDA, but MPS"}
@@ -72,7 +72,7 @@ def choose_device(requested: str, local_rank: int = 0) -> Decision:
     except RuntimeError:
         device = torch.device("meta")  # refused below, like every name that is not in `devices`
     if device.type == "cuda" and not num_gpus:
-        what = f"device {requested!r} asked but torch {torch.__version__} has no CUDA"
+        what = f"device {requested!r} requested, but torch {torch.__version__} has no CUDA"
         raise UserError(what, "use --device cpu")
     if device.type == "cuda" and device.index is None:
         if local_rank >= num_gpus:
@@ -103,12 +103,12 @@ def choose_dtype(requested: str, device: torch.device) -> Decision:
         return Decision(automatic, reason)
     dtype = DTYPES[requested]
     if dtype == torch.bfloat16 and device.type == "cuda" and not native_bf16:
-        what = f"--dtype bfloat16 asked, but {reason} (needs 8.0)"
+        what = f"--dtype bfloat16 requested, but {reason} (needs 8.0)"
         raise UserError(what, "use --dtype float16 or --dtype auto")
     if dtype == torch.float16 and device.type != "cuda":
-        what = f"--dtype float16 asked on {device.type} (needs CUDA: it must scale the loss)"
+        what = f"--dtype float16 requested on {device.type} (needs CUDA: it must scale the loss)"
         raise UserError(what, "use --dtype auto or float32")
-    return Decision(dtype, "as asked")
+    return Decision(dtype, "as requested")
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:

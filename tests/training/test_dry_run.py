@@ -212,7 +212,7 @@ def test_a_model_fits_if_sixteen_bytes_a_parameter_do(monkeypatch):
     num_parameters = GPT(config).num_parameters()
     for memory, fits in ((16 * num_parameters, True), (16 * num_parameters - 1, False), (None, True)):
         monkeypatch.setattr(dry_run, "memory_bytes", lambda device, memory=memory: memory)
-        outline = outline_if_too_large(lambda: GPT(config), CPU)
+        outline = outline_if_too_large(lambda: GPT(config), Distributed(CPU))
         assert (outline is None) is fits
         if outline is not None:
             assert all(parameter.is_meta for parameter in outline.parameters())

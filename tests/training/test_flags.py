@@ -235,9 +235,9 @@ def test_accumulation_makes_the_batch_exact(world_size):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--device", "cuda"], "device 'cuda' asked but torch"),
+        (["--device", "cuda"], "device 'cuda' requested, but torch"),
         (["--device", "cudaa"], "unknown device 'cudaa'"),
-        (["--dtype", "float16"], "--dtype float16 asked on cpu"),
+        (["--dtype", "float16"], "--dtype float16 requested on cpu"),
         (["--max-lr", "nan"], "nan is not a finite number"),
         (["--max-steps", "-3"], "-3 is not above zero"),
         (["--max-step", "3"], "unrecognized arguments: --max-step"),

@@ -346,7 +346,7 @@ def test_a_service_that_fails_is_one_warning(tmp_path, tensorboard, capsys):
         tensorboard.broken = True
         for step in range(5):
             log.add_record("train", step=step, loss=1.0)
-    warning = "warning: TensorBoard failed: no route to host; training continues without it\n"
+    warning = "warning: TensorBoard failed: no route to host; continuing without it\n"
     assert capsys.readouterr().out == warning and log.mirrors == []
 
 
@@ -367,7 +367,7 @@ def test_wandb_continues_the_same_run_after_a_resume(tmp_path, monkeypatch, caps
             log.add_record("val", step=start_step, loss=2.0)
     assert [call["id"] for call in calls] == [None, "abc123", "abc123"]
     assert logged == [{"val/loss": 2.0, "step": 0}, {"val/loss": 2.0, "step": 10}]
-    warning = "warning: wandb failed: cannot reach api.wandb.ai; training continues without it\n"
+    warning = "warning: wandb failed: cannot reach api.wandb.ai; continuing without it\n"
     assert capsys.readouterr().out == warning
 
 

@@ -196,3 +196,11 @@ def test_a_file_size_limit_is_reported_like_a_full_disk(short_text, tmp_path):
     assert process.stderr.startswith("error: the final checkpoint could not be saved")
     assert "Traceback" not in process.stderr
     assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*.tmp-*"))
+
+
+def test_a_renamed_model_file_cannot_be_resumed_from(stopped_run, short_text, tmp_path):
+    """It is not taken for its own optimizer file: an error that says how both must be named."""
+    (stopped_run / "model_00009.pt").rename(tmp_path / "best.pt")
+    with pytest.raises(UserError, match="best.pt is not named model_") as caught:
+        train(short_text, stopped_run, "--resume", str(tmp_path / "best.pt"))
+    assert "optimizer_STEP.pt" in caught.value.hint

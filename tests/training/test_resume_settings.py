@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = vars(train_gpt.flag.parser.parse_args([]))
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--n-layer", "1", "--n-embd", "32"], "has n_layer=2, this run asks n_layer=1; has n_embd=16"),
+        (["--n-layer", "1", "--n-embd", "32"], "has n_layer=2, this run has n_layer=1; has n_embd=16"),
         (["--seq-len", "8"], "seq_len=16, this run has seq_len=8"),
         (["--seed", "1"], "seed=1337, this run has seed=1"),
         (["--shuffle", "off"], "shuffle=on, this run has shuffle=off"),

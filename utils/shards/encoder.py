@@ -20,7 +20,7 @@ from utils.tokenizer import END_OF_TEXT_ID, GPT2_VOCAB_SIZE, encode_text, load_m
 
 BATCH_CHARACTERS = 1 << 18  # per call of tiktoken: its working set stays in the processor's cache
 
-# Control characters that text does not use; a batch that does contain them is encoded one by one.
+# Control characters that ordinary text does not contain; a batch that does is encoded one by one.
 DOCUMENT_MARK, CUT_MARK = "\x1c", "\x1d"
 MARKS = frozenset((DOCUMENT_MARK, CUT_MARK))
 CUT_ID = GPT2_VOCAB_SIZE  # the first id that is not a token; removed from the result

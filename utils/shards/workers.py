@@ -48,7 +48,7 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def tokenize(part: Part, text_field: str, backend: Backend) -> Block:
+def tokenize_part(part: Part, text_field: str, backend: Backend) -> Block:
     """Reads and tokenizes a part. Raises UserError for documents that cannot be read."""
     tokens = backend(read_documents(part, text_field))
     if part.continues_document:
@@ -99,13 +99,13 @@ class TokenizerPool:
         """
         parts = parts_from(source, text_field, position)
         if self._executor is None:
-            yield from (tokenize(part, text_field, backend) for part in parts)
+            yield from (tokenize_part(part, text_field, backend) for part in parts)
             return
         waiting: deque[Future] = deque()
         try:
             while True:
                 for part in islice(parts, PARTS_PER_WORKER * self.num_workers - len(waiting)):
-                    waiting.append(self._executor.submit(tokenize, part, text_field, backend))
+                    waiting.append(self._executor.submit(tokenize_part, part, text_field, backend))
                 if not waiting:
                     return
                 yield waiting.popleft().result()

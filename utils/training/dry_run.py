@@ -106,12 +106,13 @@ class Plan:
         return lines
 
 
-def outline_if_too_large(build: Callable[[], "GPT"], device: torch.device) -> "GPT | None":
+def outline_if_too_large(build: Callable[[], "GPT"], dist: Distributed) -> "GPT | None":
     """The model on the meta device if weights, gradients and moments exceed the known memory, else None."""
     with torch.device("meta"):
         outline = build()
-    memory = memory_bytes(device)
-    return outline if memory is not None and STATE_BYTES * outline.num_parameters() > memory else None
+    memory = memory_bytes(dist.device)
+    too_large = memory is not None and STATE_BYTES * outline.num_parameters() > memory
+    return outline if dist.max_number(too_large) else None  # on all ranks alike
 
 
 def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:

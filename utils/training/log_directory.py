@@ -32,7 +32,7 @@ def locked_log_dir(log_dir: Path) -> Iterator[None]:
             stack.enter_context(locked(log_dir / ".lock"))
             for name in remove_temporary_files(log_dir):  # first: they may be what fills the disk
                 print(f"removed {name}: an earlier run was stopped while writing it")
-            holder.unlink(missing_ok=True)  # a full disk has room for as many bytes again
+            holder.unlink(missing_ok=True)  # on a full disk this frees the bytes for the next line
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         except BlockingIOError as error:

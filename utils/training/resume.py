@@ -33,9 +33,9 @@ from utils.weights.checkpoint import (
 if TYPE_CHECKING:
     from gpt_model import GPT
 
-# Resuming compares all settings. Another value of these would repeat windows or leave some out: refused.
+# Resuming compares all settings. Changing one of these would repeat or skip windows, so it is refused.
 REFUSED = ("seq_len", "seed", "shuffle")
-# Compared by what they lead to (weights, configuration, ids, content of the data, devices), not by the flag.
+# Compared by their effect (weights, configuration, token ids, content of the data, device), not by the flag.
 BY_CONTENT = ("preset", "data", "tokenizer", "init_from", "n_layer", "n_head", "n_embd", "device")
 # These do not change what is trained: a change is not mentioned. Everything else warns.
 HARMLESS = (
@@ -167,7 +167,7 @@ def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
     saved, config, problems = checkpoint.state, checkpoint.model["config"], []
     for key, value in identity.config.items():
         if config.get(key) != value:
-            problems.append(f"has {key}={config.get(key)}, this run asks {key}={value}")
+            problems.append(f"has {key}={config.get(key)}, this run has {key}={value}")
     changed = {
         key: (saved["train_args"][key], value)
         for key, value in identity.settings.items()

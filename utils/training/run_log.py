@@ -1,7 +1,7 @@
 """What a run records: log.txt, metrics.jsonl, samples.txt, the console, and mirrors of the metrics.
 
-The files are the record. TensorBoard and Weights & Biases are optional and imported on request; one that
-fails costs one warning and never a step.
+The files are the record. TensorBoard and Weights & Biases are optional and imported on request; a failing one
+is dropped after one warning, and never stops the run.
 """
 
 import json
@@ -167,7 +167,7 @@ class RunLog:
                 self.failures.add(failure)
                 reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
                 reason = reason or type(error).__name__
-                self.say(f"warning: {failure}: {reason}; training continues without it")
+                self.say(f"warning: {failure}: {reason}; continuing without it")
             return False
 
 

@@ -47,7 +47,7 @@ class StopSignals:
     def poll(self) -> None:
         """Raises Stopped on all ranks if one was signalled or orphaned; all must call it equally often."""
         # When torchrun is killed its workers survive, and would keep writing. A process started by hand must
-        # continue when its shell ends: that is what nohup is for.
+        # continue when its shell ends (as under nohup).
         if launched_by_torchrun() and os.getppid() != self.parent and not self.received:
             self.received = signal.SIGTERM
         agreed = int(self.dist.max_number(self.received))

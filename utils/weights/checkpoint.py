@@ -1,6 +1,6 @@
 """Checkpoints: written atomically, verified when they are read.
 
-`model_{step:05d}.pt` is what one shares: weights, configuration, tokenizer; `optimizer_{step:05d}.pt` holds
+`model_{step:05d}.pt` is the file to share: weights, configuration, tokenizer; `optimizer_{step:05d}.pt` holds
 what resuming also needs. Both contain plain values and tensors only, so `torch.load(..., weights_only=True)`
 reads them, and parameter names carry no `module.` or `_orig_mod.` prefix.
 """
@@ -168,6 +168,9 @@ def load_pair(path: Path) -> Checkpoint:
     model, state = load_model_file(path), load_checked(state_path(path))
     if not _is_ours(state):
         raise UserError(f"{state_path(path)} is not a checkpoint of this project", "resume from another one")
+    if state_path(path) == path:
+        what = f"{path} is not named model_*.pt, so its optimizer file cannot be found"
+        raise UserError(what, "restore the names model_STEP.pt and optimizer_STEP.pt, side by side")
     if model.get("save_id") != state.get("save_id"):
         what = f"{path} and {state_path(path).name} were not saved together"
         raise UserError(what, "resume from another checkpoint")
