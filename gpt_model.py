@@ -8,6 +8,7 @@ Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C /
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils.command_line import UserError
+from utils.decoding import StaticDecoder, graph_pays
 from utils.fused_loss import fused_cross_entropy
 from utils.tokenizer import GPT2_VOCAB_SIZE
 
@@ -248,6 +250,11 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         context = idx[:, -block_size:]  # (B, T)
         room = min(block_size, context.size(1) + max_new_tokens)
+        if use_cache and graph_pays(self.lm_head.weight.device, max_new_tokens):
+            sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            sample = partial(sample_token, **sampling, check_finite=False)
+            yield from StaticDecoder(self, idx.size(0), room).stream(idx, max_new_tokens, vocab_size, sample)
+            return
         cache = KeyValueCache(self.config, idx.size(0), room, self.lm_head.weight) if use_cache else None
         for _ in range(max_new_tokens):
             if context.size(1) > block_size:
@@ -323,10 +330,13 @@ class GPT(nn.Module):
 
 def sample_token(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None, *, check_finite: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Samples one id (B, 1) from each row of logits (B, V). Raises FloatingPointError for non-finite ones."""
-    if not torch.isfinite(logits).all():
+    """Samples one id (B, 1) from each row of logits (B, V). Raises FloatingPointError for non-finite ones.
+
+    That check waits for the device; without `check_finite` nothing does.
+    """
+    if check_finite and not torch.isfinite(logits).all():
         raise FloatingPointError("non-finite logits")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -340,5 +350,8 @@ def sample_token(
     if top_p is not None:
         before = probs.cumsum(dim=-1) - probs  # total of all likelier tokens; 0 for the first, so it stays
         probs = probs.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(probs, num_samples=1, generator=generator)  # (B, 1); normalises the rest
+    # What torch.multinomial computes, except that it waits for the device to check probs. Nothing need be
+    # normalised: the largest p / e, with e exponential, is that of an id with probability p / sum(p).
+    exponential = torch.empty_like(probs).exponential_(generator=generator)
+    choice = (probs / exponential).argmax(dim=-1, keepdim=True)  # (B, 1)
     return choice if ids is None else ids.gather(-1, choice)

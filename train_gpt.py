@@ -43,7 +43,7 @@ from utils.training.dry_run import Plan, dry_run, outline_if_too_large
 from utils.training.flags import Flags, accumulation_steps, check_training_settings, int_or_auto, read_flags
 from utils.training.guards import SpikeFilter, stop_on_divergence, stop_on_non_finite_val_loss
 from utils.training.log_directory import reserved
-from utils.training.micro_batch import choose_micro_batch, explain_out_of_memory, forward_backward, settle_ddp
+from utils.training.micro_batch import choose_micro_batch, explain_out_of_memory, forward_backward, warm_up
 from utils.training.resume import Identity, find_checkpoint, identity_of, save_checkpoint, start_or_resume
 from utils.training.run_log import RunLog, Speedometer
 from utils.training.signals import Stopped, StopSignals
@@ -117,21 +117,39 @@ PRESETS = {
         max_steps=1000, warmup_steps=100, max_lr=8e-3, min_lr=4e-4,
         val_every=250, hellaswag_every=0, sample_every=500, checkpoint_every=500,
     ),
-    # Less than a minute. The vocabulary is small, and two wide layers learn faster than four narrow ones.
+    # Less than a minute there. The vocabulary is small, and two wide layers learn faster than four narrow
+    # ones.
     "char": dict(
         tokenizer="char", n_layer=2, n_head=5, n_embd=160, seq_len=64, micro_batch=12, total_batch_tokens=768,
         max_steps=1200, warmup_steps=100, max_lr=4e-3, min_lr=1e-4,
         val_every=400, hellaswag_every=0, sample_every=600, checkpoint_every=600,
     ),
+    # The same two for one GPU, with the model of nanoGPT's shakespeare_char. Without dropout a megabyte of
+    # text is overfitted after some epochs, so the runs are short. Not measured on a card yet.
+    "small": dict(
+        n_layer=6, n_head=6, n_embd=384, seq_len=256, micro_batch=64, total_batch_tokens=16384,
+        max_steps=300, warmup_steps=50, max_lr=1e-3, min_lr=1e-4,
+        val_every=50, hellaswag_every=0, sample_every=150, checkpoint_every=150,
+    ),
+    "small-char": dict(
+        tokenizer="char", n_layer=6, n_head=6, n_embd=384, seq_len=256, micro_batch=64,
+        total_batch_tokens=16384, max_steps=2000, warmup_steps=100, max_lr=1e-3, min_lr=1e-4,
+        val_every=250, hellaswag_every=0, sample_every=1000, checkpoint_every=1000,
+    ),
+}
+# Without --preset, by device and data; characters are asked for by --tokenizer char.
+PRESET_FOR = {
+    ("CUDA", "shards"): "gpt2", ("CUDA", "a text"): "small", ("CUDA", "characters"): "small-char",
+    ("no CUDA", "shards"): "tiny", ("no CUDA", "a text"): "tiny", ("no CUDA", "characters"): "char",
 }
 flag.group("model and data")
-flag("--preset", "auto", tuple(PRESETS), "auto: gpt2 on CUDA with shards, else tiny")
+flag("--preset", None, tuple(PRESETS), "default: by device and data, gpt2 on CUDA with shards")
 # fmt: on
 
 
 def read_arguments(argv: list[str] | None = None) -> tuple[Namespace, str]:
     """Settings: flags over the preset over the constants above. Also returns why the preset was chosen."""
-    return read_flags(flag, argv, PRESETS)
+    return read_flags(flag, argv, PRESETS, PRESET_FOR)
 
 
 def learning_rate_for(
@@ -329,7 +347,6 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     """Decides, checks and builds all that the loop needs; `reasons` collects the decisions as text."""
     # Each decision comes with its reason, which the start lines print.
     dtype = runtime.choose_dtype(args.dtype, dist.device)
-    compiles = runtime.choose_compile(args.compile, dist.device)
     numerics = runtime.set_numerics(args.seed, deterministic=args.deterministic)
     model, data = load_model_and_data(args, dist)
     matmul = runtime.choose_matmul(model)
@@ -337,6 +354,15 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     if args.micro_batch == "auto":
         default = PRESETS[args.preset].get("micro_batch", MICRO_BATCH)
         args.micro_batch, reasons["micro-batch"] = choose_micro_batch(args, model, dist, dtype.value, default)
+    micro_steps = accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size)
+
+    def eager_seconds() -> float:
+        seconds = [warm_up(model, args.micro_batch, args.seq_len, dtype.value, dist.device) for _ in range(3)]
+        return args.max_steps * micro_steps * dist.max_number(min(seconds))
+
+    compiles = runtime.choose_compile(
+        args.compile, dist.device, deterministic=args.deterministic, eager_seconds=eager_seconds
+    )
     # The compiled and wrapped module shares its weights with `model`, which evaluations and checkpoints use:
     # its parameter names carry no prefix.
     trained_model = torch.compile(model) if compiles.value else model
@@ -344,7 +370,6 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
         trained_model = dist.wrap(trained_model)
     optimizer = model.configure_optimizers(args.weight_decay, args.max_lr, dist.device.type, dist.is_master)
     scaler = runtime.make_scaler(dist.device, dtype.value)
-    micro_steps = accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size)
     place = (args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
     # Only training is shuffled: validation reads the same tokens every time.
     train_loader = WindowLoader(data.train, *place, seed=args.seed if args.shuffle == "on" else None)
@@ -358,7 +383,7 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     )
     state = TrainState(model, trained_model, {"optimizer": optimizer}, scaler, SpikeFilter(args.skip_spikes))
     plan = Plan(args, model, train_loader, val_loader, micro_steps, dist, reasons)
-    identity = identity_of(args, model, data, dist, dtype.value)
+    identity = identity_of(args, model, data, dist, dtype.value, compiled=compiles.value)
     loaders = (train_loader, val_loader)
     return Run(args, dist, stop, dtype.value, state, data, *loaders, hellaswag, micro_steps, plan, identity)
 
@@ -374,7 +399,12 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
         record.update(step=step, reasons=run.plan.reasons, parameters=state.model.num_parameters())
         log.log_start(record, tensorboard=args.tensorboard, wandb=args.wandb)
         try:
-            settle_ddp(state.trained_model, args.micro_batch, args.seq_len, run.dtype, dist)
+            compiled = run.identity.environment["compiled"]
+            if compiled or not dist.is_alone:
+                shape = (args.micro_batch, args.seq_len)
+                seconds = warm_up(state.trained_model, *shape, run.dtype, dist.device)
+                if compiled:
+                    log.say(f"compiled in {seconds:.0f} s, which is in no step's time")
             train(run, log)
         except Stopped as stop:
             if not save_checkpoint(state, run.identity, args, log, dist):

@@ -8,7 +8,9 @@ from torch.nn import functional as F
 
 from gpt_model import GPT
 from tests.conftest import tiny_config
+from utils import fused_loss
 from utils.fused_loss import cross_entropy_rows, fused_cross_entropy
+from utils.runtime import Decision
 
 
 def example(N=37, C=16, V=101, seed=0, dtype=torch.float32):
@@ -32,6 +34,23 @@ def reference(hidden, weight, targets):
     return F.cross_entropy(hidden @ weight.t(), targets)
 
 
+def kernel_in_pytorch(logits, targets, ignore_index):
+    """What utils/loss_kernel.py does, for machines without Triton; test_loss_kernel.py runs the kernel."""
+    losses = F.cross_entropy(logits.float(), targets, ignore_index=ignore_index, reduction="none")
+    gradient = logits.float().softmax(dim=1) - F.one_hot(targets.clamp(min=0), logits.size(1))
+    logits.copy_(gradient * (targets != ignore_index).unsqueeze(1))
+    return losses
+
+
+@pytest.fixture(params=["operations", "kernel"])
+def backend(request, monkeypatch):
+    """Both forms of a chunk: PyTorch's operations, and three matmuls around a kernel."""
+    if request.param == "kernel":
+        monkeypatch.setattr(fused_loss, "loss_backend", lambda device: Decision(True, "test"))
+        monkeypatch.setattr(fused_loss, "logits_to_gradient_", kernel_in_pytorch)
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("chunk_rows", [1, 5, 37, 64, None])
 @pytest.mark.parametrize("num_ignored", [0, 10])
 def test_loss_and_both_gradients_are_exact(chunk_rows, num_ignored):
@@ -46,6 +65,7 @@ def test_loss_and_both_gradients_are_exact(chunk_rows, num_ignored):
         assert (mine - expected).abs().max() < 1e-5
 
 
+@pytest.mark.usefixtures("backend")
 def test_large_logits_do_not_overflow():
     """The softmax is shifted by its maximum: logits in the thousands give the right, finite loss."""
     hidden, weight, targets = example()
@@ -64,13 +84,14 @@ def test_all_targets_ignored_is_nan_as_in_pytorch():
 
 def test_no_grad_computes_no_gradient(monkeypatch):
     """Under no_grad the loss is the same, and the autograd function is not entered."""
-    monkeypatch.setattr("utils.fused_loss._eager_loss", lambda *args: pytest.fail("entered"))
+    monkeypatch.setattr(fused_loss._FusedCrossEntropy, "apply", lambda *args: pytest.fail("entered"))
     hidden, weight, targets = example()
     with torch.no_grad():
         loss = fused_cross_entropy(hidden, weight, targets)
     assert abs(loss.item() - reference(hidden, weight, targets).item()) < 1e-5
 
 
+@pytest.mark.usefixtures("backend")
 def test_row_losses_equal_those_of_pytorch():
     """One loss per row, zero for ignored rows."""
     hidden, weight, targets = example()
@@ -81,6 +102,7 @@ def test_row_losses_equal_those_of_pytorch():
     assert rows[3] == 0
 
 
+@pytest.mark.usefixtures("backend")
 def test_the_tied_weight_receives_both_gradients():
     """Those of embedding and output projection add up, also over two accumulated micro-batches."""
     torch.manual_seed(0)
@@ -94,6 +116,7 @@ def test_the_tied_weight_receives_both_gradients():
         assert (mine.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 def test_under_autocast_it_is_exact_to_the_rounding_of_the_dtype(dtype, tolerance):
     """Loss and gradients are float32 and close to those of the float32 reference."""
@@ -125,6 +148,7 @@ def test_gradients_of_many_rows_do_not_underflow_in_fp16():
     assert (grad_weight.float() - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.usefixtures("backend")
 def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
     """The weight's gradient is scaled in place, so it can be used once only."""
     hidden, weight, targets = example()
@@ -134,6 +158,7 @@ def test_a_second_backward_is_an_error_and_not_a_wrong_gradient():
         loss.backward()
 
 
+@pytest.mark.usefixtures("backend")
 def test_gradients_of_many_rows_do_not_overflow_in_fp16():
     """8192 rows of one token with channels of 100: their sum exceeds fp16's range, their mean does not."""
     hidden = torch.full((8192, 2), 100.0, requires_grad=True)
@@ -143,3 +168,55 @@ def test_gradients_of_many_rows_do_not_overflow_in_fp16():
     loss.backward()
     expected = torch.tensor([-75.0, 25.0, 25.0, 25.0])  # (softmax - onehot) x 100
     assert torch.allclose(weight.grad, expected.unsqueeze(1).expand(4, 2), rtol=1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float32, [2, 2, 1]), (torch.bfloat16, [4, 1])])
+def test_the_kernel_takes_twice_the_rows_in_16_bits(monkeypatch, dtype, expected):
+    """Chunks of 16-bit and of float32 logits then take the same memory, in training and in evaluation."""
+    sizes = []
+
+    def recorded(logits, targets, ignore_index):
+        sizes.append(len(logits))
+        return kernel_in_pytorch(logits, targets, ignore_index)
+
+    monkeypatch.setattr(fused_loss, "loss_backend", lambda device: Decision(True, "test"))
+    monkeypatch.setattr(fused_loss, "logits_to_gradient_", recorded)
+    monkeypatch.setitem(fused_loss.CHUNK_ROWS, "cpu", 2)
+    inputs = example(N=5, dtype=dtype)
+    fused_cross_entropy(*inputs)
+    cross_entropy_rows(*inputs)
+    assert sizes == expected * 2
+
+
+class FakeCuda:
+    """Stands for a CUDA device whose tensors are on the CPU."""
+
+    type = "cuda"
+
+
+def backend_with(kernel, monkeypatch) -> Decision:
+    """`loss_backend` of a device on which the kernel's path is replaced by a function."""
+    monkeypatch.setattr(fused_loss, "choose_kernel", lambda device: Decision(True, "CUDA with Triton"))
+    monkeypatch.setattr(fused_loss, "_add_gradients_with_kernel", kernel)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, real=torch.Tensor.to: real(self, args[-1])
+                        if isinstance(args[-1], torch.dtype) else self)  # fmt: skip
+    return fused_loss.loss_backend.__wrapped__(FakeCuda())
+
+
+def test_the_kernel_is_used_only_where_it_agrees_with_pytorch(monkeypatch):
+    """It is compared before its first use; other numbers or an exception rule it out, with the reason."""
+    plain = fused_loss._add_gradients
+
+    def wrong(hidden, weight, targets, grad_hidden, grad_weight):
+        losses = plain(hidden, weight, targets, grad_hidden, grad_weight)
+        grad_weight.mul_(1.1)
+        return losses
+
+    def broken(*arguments):
+        raise RuntimeError("no ptxas\nand more")
+
+    assert backend_with(plain, monkeypatch).value
+    decision = backend_with(wrong, monkeypatch)
+    assert not decision.value and "differ" in decision.reason
+    decision = backend_with(broken, monkeypatch)
+    assert not decision.value and decision.reason == "the loss kernel failed here: no ptxas"

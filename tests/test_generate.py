@@ -13,6 +13,7 @@ from tests.benchmarks.step import hugging_face_twin
 from tests.conftest import tiny_model
 from utils.command_line import UserError, run_script
 from utils.cpu_matmul import FastLinear
+from utils.runtime import Decision
 from utils.tokenizer import tokenizer_from_state
 from utils.weights.checkpoint import model_content, save_pair
 
@@ -76,6 +77,25 @@ def test_a_cpu_samples_with_the_fast_linear_layers(checkpoint, monkeypatch):
     assert type(models[0].lm_head) is FastLinear
 
 
+def test_the_weights_are_converted_to_the_requested_dtype(checkpoint, monkeypatch):
+    """Once, after loading; the automatic choice is the runtime's."""
+    models = []
+    monkeypatch.setattr(generate, "sample_texts", lambda model, *a, **k: models.append(model) or [])
+    flags = ["-m", str(checkpoint), "-p", "a", "-d", "cpu"]
+    for dtype in ("bfloat16", "float32"):
+        assert generate.main([*flags, "--dtype", dtype]) == 0
+        assert {parameter.dtype for parameter in models[-1].parameters()} == {getattr(torch, dtype)}
+        assert models[-1].lm_head.weight is models[-1].transformer.wte.weight
+    monkeypatch.setattr(generate, "choose_dtype", lambda asked, device: Decision(torch.bfloat16, asked))
+    assert generate.main(flags) == 0 and models[-1].lm_head.weight.dtype == torch.bfloat16
+
+
+def test_bf16_prints_texts_and_nothing_else(checkpoint, capsys):
+    """Standard output is for texts."""
+    text = printed(capsys, "-m", checkpoint, "-p", "to be", "--max-new-tokens", 9, "--dtype", "bfloat16")
+    assert text.startswith("to be") and len(text) == len("to be") + 9 + 1
+
+
 def test_a_text_ends_before_the_end_of_text_token(monkeypatch):
     """The tokens after <|endoftext|> belong to another document; one in the prompt ends nothing."""
     tokenizer, model = tokenizer_from_state({"name": "gpt2"}), tiny_model(vocab_size=50304)
@@ -95,7 +115,8 @@ def test_prompts_at_a_terminal_stream_their_continuations(checkpoint, monkeypatc
     monkeypatch.setattr("builtins.input", lambda text: next(prompts))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0] if a else "\n"))
-    assert generate.main(["-m", str(checkpoint), "--max-new-tokens", "9", "-d", "cpu"]) == 0
+    flags = ["-m", str(checkpoint), "--max-new-tokens", "9", "-d", "cpu", "--dtype", "float32"]
+    assert generate.main(flags) == 0
     assert "".join(pieces[:9]) == texts[0][len("to be") :] and pieces[9] == ""
     assert len(pieces) == 2 * (9 + 1) and list(prompts) == []
 
@@ -117,7 +138,7 @@ def test_an_incomplete_character_is_held_back(monkeypatch):
 @pytest.mark.parametrize(
     "flags",
     ["--temperature -1", "--temperature nan", "--top-k 0", "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0",
-     "--max-new-tokens -5", "-p FILE:none.txt"],
+     "--max-new-tokens -5", "-p FILE:none.txt", "-d cpu --dtype float16"],
 )  # fmt: skip
 def test_invalid_settings_are_refused(flags, checkpoint, capsys):
     """Exit code 2 and two lines; the hint names this script's flags."""

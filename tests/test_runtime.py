@@ -80,15 +80,51 @@ def test_cpu_is_the_fallback(monkeypatch):
         runtime.choose_device("meta")
 
 
-def test_compile_is_on_with_cuda_and_triton(gpus, monkeypatch):
-    """auto is off on a CPU and without Triton; an explicit flag overrides it."""
-    assert not runtime.choose_compile("auto", torch.device("cpu")).value
-    assert runtime.choose_compile("on", torch.device("cpu")).value
+def compile_decision(
+    requested: str, device: torch.device = CUDA, *, seconds: float = 1000.0, deterministic: bool = False
+) -> runtime.Decision:
+    """`choose_compile` for a run whose eager updates would take so many seconds."""
+    return runtime.choose_compile(
+        requested, device, deterministic=deterministic, eager_seconds=lambda: seconds
+    )
+
+
+def test_compile_is_on_where_a_long_run_has_cuda_and_triton(gpus, monkeypatch):
+    """auto is off on a CPU and without Triton; a flag overrides it, and then nothing is measured."""
+    cpu = torch.device("cpu")
+    assert not compile_decision("auto", cpu).value
+    assert compile_decision("on", cpu).value
     gpus()
     for installed in (True, False):
         monkeypatch.setattr(runtime, "find_spec", lambda name, found=installed: found or None)
-        assert runtime.choose_compile("auto", CUDA).value is installed
-        assert not runtime.choose_compile("off", CUDA).value
+        assert compile_decision("auto").value is installed
+        assert not compile_decision("off").value and compile_decision("on").value
+    never = dict(deterministic=False, eager_seconds=lambda: pytest.fail("measured without need"))
+    for requested, device in (("on", CUDA), ("off", CUDA), ("auto", cpu), ("auto", CUDA)):
+        runtime.choose_compile(requested, device, **never)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(40.0, False), (119.0, False), (121.0, True), (9e4, True)])
+def test_auto_compiles_where_it_saves_more_time_than_it_takes(gpus, monkeypatch, seconds, expected):
+    """A quarter of the eager updates' time against 30 s; the reason has both sides of the estimate."""
+    gpus()
+    monkeypatch.setattr(runtime, "find_spec", lambda name: True)
+    decision = compile_decision("auto", seconds=seconds)
+    assert decision.value is expected
+    saved, total = runtime.format_duration(seconds / 4), runtime.format_duration(seconds)
+    assert decision.reason == f"auto: about {saved} of {total} saved, 30s spent"
+
+
+def test_a_deterministic_run_on_cuda_is_not_compiled(gpus, monkeypatch):
+    """auto says why, an explicit --compile is refused; on a CPU both are allowed together."""
+    gpus()
+    monkeypatch.setattr(runtime, "find_spec", lambda name: True)
+    decision = compile_decision("auto", deterministic=True)
+    assert not decision.value and decision.reason.startswith("--deterministic: ")
+    with pytest.raises(UserError, match="--compile with --deterministic") as caught:
+        compile_decision("on", deterministic=True)
+    assert caught.value.hint == "leave one of the two out"
+    assert compile_decision("on", torch.device("cpu"), deterministic=True).value
 
 
 @pytest.mark.parametrize(
@@ -96,12 +132,24 @@ def test_compile_is_on_with_cuda_and_triton(gpus, monkeypatch):
     [
         ("NVIDIA H200", 989e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
         ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", None),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 5090", 209e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4080", 97e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("Tesla V100-PCIE-16GB", 112e12),
         ("Tesla T4", 65e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA L40", None),
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )

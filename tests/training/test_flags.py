@@ -147,16 +147,23 @@ def test_flags_override_the_preset_and_the_preset_the_constants():
 
 
 def test_without_a_preset_device_and_data_decide(tmp_path, monkeypatch):
-    """gpt2 on CUDA with shards, else tiny; the reason has both facts."""
+    """A table of both, over shards, a text and a text read as characters; the reason has both facts."""
+    text = str(tmp_path / "text.txt")
     (tmp_path / "text.txt").touch()
-    for has_cuda in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda has_cuda=has_cuda: has_cuda)
-        for data in (tmp_path, tmp_path / "text.txt"):
-            args, reason = train_gpt.read_arguments(["--data", str(data)])
-            assert args.preset == ("gpt2" if has_cuda and data.is_dir() else "tiny")
-            assert reason == (
-                f"{'CUDA' if has_cuda else 'no CUDA'}, {'shards' if data.is_dir() else 'no shards'}"
-            )
+    data_flags = {
+        "shards": ["--data", str(tmp_path)],
+        "a text": ["--data", text],
+        "characters": ["--data", text, "--tokenizer", "char"],
+    }
+    assert len(train_gpt.PRESET_FOR) == 2 * len(data_flags)
+    for (device, data), preset in train_gpt.PRESET_FOR.items():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "CUDA")
+        args, reason = train_gpt.read_arguments(data_flags[data])
+        assert (args.preset, reason) == (preset, f"{device}, {data}")
+        assert args.tokenizer == ("char" if data == "characters" else "gpt2")
+    assert train_gpt.PRESET_FOR["CUDA", "shards"] == "gpt2"
+    assert train_gpt.PRESET_FOR["no CUDA", "a text"] == "tiny"
+    assert len(set(train_gpt.PRESET_FOR.values())) == len(train_gpt.PRESETS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args, reason = train_gpt.read_arguments(["--data", str(tmp_path), "--device", "cpu"])
     assert (args.preset, reason) == ("tiny", "no CUDA, shards")

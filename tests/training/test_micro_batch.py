@@ -60,7 +60,7 @@ def test_auto_in_a_resumed_run_is_the_micro_batch_of_the_checkpoint(char_flags, 
     reasons: dict[str, str] = {}
     checkpoint = find_checkpoint(args, Distributed(torch.device("cpu")), reasons)
     assert checkpoint.state["step"] == 2
-    assert args.micro_batch == 4 and reasons == {"micro-batch": "that of the checkpoint"}
+    assert args.micro_batch == 4 and reasons["micro-batch"] == "that of the checkpoint"
     resumed = [*char_flags, "--micro-batch", "auto", "--resume", "--max-steps", "3"]
     for flags in (["--dry-run"], []):
         capsys.readouterr()

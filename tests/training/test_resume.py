@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,8 @@ from tests.small_runs import (
     train,
 )
 from utils.command_line import UserError
+from utils.distributed import Distributed
+from utils.training.resume import find_checkpoint
 from utils.training.state import Progress
 from utils.weights import checkpoint
 
@@ -188,3 +191,35 @@ def test_an_evaluation_is_due_once_a_pass():
     assert not progress.is_due("val", 5, last=False)
     progress.complete_update(4, 0.5)
     assert (progress.step, progress.windows, progress.done) == (11, 4, [])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_resumed_run_is_compiled_as_the_run_it_continues(compiled, stopped_run):
+    """Not by a new estimate for what is left of it; on another device, or if asked, it is decided anew."""
+    path = stopped_run / "optimizer_00009.pt"
+    content = torch.load(path, weights_only=True)
+    content["environment"]["compiled"] = compiled
+    torch.save(content, path)
+    reasons: dict[str, str] = {}
+    args = Namespace(resume="newest", log_dir=stopped_run, micro_batch=2, compile="auto")
+    assert find_checkpoint(args, Distributed(torch.device("cpu")), reasons).path.name == "model_00009.pt"
+    assert args.compile == ("on" if compiled else "off") and reasons == {"compile": "as in the resumed run"}
+    args.compile = "off"
+    find_checkpoint(args, Distributed(torch.device("cpu")), {})
+    assert args.compile == "off"
+    content["environment"]["device"] = "another"
+    torch.save(content, path)
+    args.compile, reasons = "auto", {}
+    find_checkpoint(args, Distributed(torch.device("cpu")), reasons)
+    assert args.compile == "auto" and reasons == {}
+
+
+def test_an_older_checkpoint_does_not_say_whether_it_was_compiled(stopped_run):
+    """Then it is decided anew, and the comparison of the environment stays silent about it."""
+    path = stopped_run / "optimizer_00009.pt"
+    content = torch.load(path, weights_only=True)
+    assert content["environment"].pop("compiled") is False
+    torch.save(content, path)
+    args = Namespace(resume="newest", log_dir=stopped_run, micro_batch=2, compile="auto")
+    find_checkpoint(args, Distributed(torch.device("cpu")), {})
+    assert args.compile == "auto"

@@ -120,7 +120,7 @@ def test_what_changes_the_course_of_training_is_never_silent():
     """The recipe, the numerics and the amount of validation data warn; the order of the data is refused."""
     assert set(REFUSED) == {"seq_len", "seed", "shuffle"}
     recipe = ("max_steps", "warmup_steps", "max_lr", "min_lr", "weight_decay", "grad_clip", "skip_spikes")
-    others = ("micro_batch", "total_batch_tokens", "dtype", "compile", "deterministic", "val_tokens")
+    others = ("micro_batch", "total_batch_tokens", "dtype", "deterministic", "val_tokens")
     assert not {*recipe, *others} & {*REFUSED, *BY_CONTENT, *HARMLESS}
     assert {*recipe, *others} <= SETTINGS.keys()
 
@@ -142,3 +142,17 @@ def test_a_checkpoint_without_a_setting_resumes_silently(stopped_run, short_text
     assert train(short_text, stopped_run, "--resume") == 0
     out = capsys.readouterr().out
     assert "model_00009.pt at step 9" in out and "settings have changed" not in out
+
+
+@pytest.mark.parametrize("before", [{"compiled": False, "threads": 2}, {"threads": 2}])
+def test_compiling_a_run_that_was_not_is_reported_from_the_environment(before):
+    """--compile is compared by what is in use; a checkpoint that does not say is silent about it."""
+    saved = {"train_args": {}, "tokenizer": {"name": "gpt2"}, "data": [], "environment": before}
+    checkpoint = Checkpoint(Path("model_00001.pt"), {"config": {}}, saved)
+    identity = Identity({}, {}, {"name": "gpt2"}, [], {"compiled": True, "threads": 2})
+    warnings = check_same_run(identity, checkpoint)
+    assert warnings == (
+        ["warning: compiled False -> True: continuing, results equal to rounding only"]
+        if "compiled" in before
+        else []
+    )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from utils.training import run_log
 from utils.training.run_log import RunLog, Speed, Speedometer
 
@@ -83,5 +85,13 @@ def test_speed_is_tokens_over_seconds():
     """Tokens a second, share of the peak, and the time left at the mean speed so far."""
     speedometer = Speedometer(tokens_per_step=1000, max_steps=10, flops_per_step=2e9, peak_flops=1e10)
     assert speedometer.measure(0, 0.5) == (0.5, 2000.0, 0.4, 4.5)
-    assert speedometer.measure(1, 1.5).eta == 8.0
+    assert speedometer.measure(1, 1.5).eta == 8.0  # the mean of both
     assert Speedometer(1000, 10, 2e9, None).measure(0, 0.5).mfu is None
+
+
+def test_the_eta_forgets_slow_first_steps():
+    """It is a moving average, so after a while the speed of the start does not count."""
+    speedometer = Speedometer(tokens_per_step=1, max_steps=200, flops_per_step=1, peak_flops=None)
+    for step in range(150):
+        speed = speedometer.measure(step, 9.0 if step < 5 else 1.0)
+    assert speed.eta == pytest.approx(50.0, rel=0.02)

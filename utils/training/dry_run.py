@@ -12,6 +12,7 @@ import torch
 from utils.command_line import format_bytes, format_duration
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed
+from utils.fused_loss import loss_backend
 from utils.runtime import memory_bytes, peak_flops, peak_memory_bytes
 from utils.training.micro_batch import forward_backward
 from utils.training.state import TrainState, due_steps
@@ -43,8 +44,10 @@ class Plan:
         windows, parameters = self.train.windows_per_epoch, self.model.num_parameters()
         left_out = self.train.stream.num_tokens - 1 - windows * T
         steps_per_epoch = windows * T / args.total_batch_tokens
+        loss = [f"loss: {loss_backend(device).reason}"] if (device := self.dist.device).type == "cuda" else []
         return [
             *(f"{name}: {reason}" for name, reason in self.reasons.items()),
+            *loss,
             f"model: {parameters:,} parameters ({config.n_layer} layers, {config.n_head} heads, "
             f"{config.n_embd} channels, block {config.block_size}, vocabulary {config.vocab_size})",
             f"train: {self.train.stream.num_tokens:,} tokens = {windows:,} windows of {T} "

@@ -49,15 +49,22 @@ class Flags:
         return default
 
 
-def read_flags(flags: Flags, argv: list[str] | None, presets: dict[str, dict]) -> tuple[Namespace, str]:
-    """Settings: flags over the preset over the constants. Also returns why the preset was chosen."""
+def read_flags(
+    flags: Flags, argv: list[str] | None, presets: dict[str, dict], preset_for: dict[tuple[str, str], str]
+) -> tuple[Namespace, str]:
+    """Settings: flags over the preset over the constants. Also returns why the preset was chosen.
+
+    `preset_for` names the preset for each pair of device ("CUDA", "no CUDA") and data ("shards", "a text",
+    "characters").
+    """
     defaults, given = flags.parser.parse_defaults_and_given(argv)
     reason = "--preset"
     if "preset" not in given:
         on_cuda = torch.cuda.is_available() and given.get("device", "auto").startswith(("auto", "cuda"))
         has_shards = choose_source(given.get("data")).kind == "shards"
-        given["preset"] = "gpt2" if on_cuda and has_shards else "tiny"
-        reason = f"{'CUDA' if on_cuda else 'no CUDA'}, {'shards' if has_shards else 'no shards'}"
+        text = "characters" if given.get("tokenizer") == "char" else "a text"
+        chosen_by = ("CUDA" if on_cuda else "no CUDA", "shards" if has_shards else text)
+        given["preset"], reason = preset_for[chosen_by], ", ".join(chosen_by)
     preset = presets[given["preset"]]
     assert preset.keys() <= defaults.keys(), f"preset {given['preset']} sets a flag that does not exist"
     args = Namespace(**{**defaults, **preset, **given})

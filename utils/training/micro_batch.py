@@ -1,6 +1,7 @@
 """Forward and backward of a micro-batch, and the search for the largest one that fits the device."""
 
 import contextlib
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -34,18 +35,19 @@ def forward_backward(
     return loss.detach()
 
 
-def settle_ddp(model: nn.Module, B: int, T: int, dtype: torch.dtype, dist: Distributed) -> None:
-    """Runs one micro-batch and discards its gradients, before the first step of every run.
+def warm_up(model: nn.Module, B: int, T: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Runs one micro-batch of (B, T) tokens and discards its gradients; returns the seconds it took.
 
-    After its first exchange DDP rebuilds its buckets in the order in which gradients arrive, and from then on
-    sums in another order: without this, the first step after a resume would differ.
+    Before the first step of a compiled run, so that no step contains the compilation, and of every run of
+    several ranks: after its first exchange DDP rebuilds its buckets in the order in which gradients arrive,
+    and from then on sums in another order, so without this the first step after a resume would differ.
     """
-    if dist.is_alone:
-        return
-    rows = torch.zeros(B, T + 1, dtype=torch.long, device=dist.device)
+    started = time.perf_counter()
+    rows = torch.zeros(B, T + 1, dtype=torch.long, device=device)
     # With the strides of the loader's batches, or a compiled model would be compiled again.
-    forward_backward(model, rows[:, :-1], rows[:, 1:], dtype)
+    forward_backward(model, rows[:, :-1], rows[:, 1:], dtype).item()  # waits for the device
     model.zero_grad(set_to_none=True)
+    return time.perf_counter() - started
 
 
 def choose_micro_batch(

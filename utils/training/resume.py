@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # Resuming compares all settings. Changing one of these would repeat or skip windows, so it is refused.
 REFUSED = ("seq_len", "seed", "shuffle")
 # Compared by their effect (weights, configuration, token ids, content of the data, device), not by the flag.
-BY_CONTENT = ("preset", "data", "tokenizer", "init_from", "n_layer", "n_head", "n_embd", "device")
+BY_CONTENT = ("preset", "data", "tokenizer", "init_from", "n_layer", "n_head", "n_embd", "device", "compile")
 # These do not change what is trained: a change is not mentioned. Everything else warns.
 HARMLESS = (
     *("log_dir", "hellaswag_dir", "resume", "eval_only", "dry_run", "cost_per_hour", "dist_timeout"),
@@ -55,10 +55,12 @@ class Identity(NamedTuple):
     environment: dict[str, Any]  # what results depend on besides the settings
 
 
-def identity_of(args: Namespace, model: "GPT", data: Data, dist: Distributed, dtype: torch.dtype) -> Identity:
-    """The identity of this run; `dtype` is the one in use, because "auto" depends on the device."""
+def identity_of(
+    args: Namespace, model: "GPT", data: Data, dist: Distributed, dtype: torch.dtype, *, compiled: bool
+) -> Identity:
+    """The identity of this run; `dtype` and `compiled` are what is in use, because "auto" may change."""
     environment = dict(versions(), world_size=dist.world_size, threads=torch.get_num_threads())
-    environment.update(device=device_name(dist.device), computes_in=str(dtype))
+    environment.update(device=device_name(dist.device), computes_in=str(dtype), compiled=compiled)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     fingerprints = [data.train.fingerprint(), data.val.fingerprint()]
     return Identity(vars(model.config).copy(), settings, data.tokenizer.state(), fingerprints, environment)
@@ -104,7 +106,8 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
     """Reads the checkpoint that --resume asks for; None for a fresh start, and on ranks other than 0.
 
     After a restart by torchrun, which repeats the original command, the newest one takes precedence.
-    `--micro-batch auto` becomes that of the checkpoint. Raises UserError if it is missing or damaged.
+    Where `--micro-batch` or `--compile` are automatic, what the resumed run used is used again. Raises
+    UserError if the checkpoint is missing or damaged.
     """
     # A machine whose own workers did not fail has not counted the restart.
     if dist.max_number(restart_count()) and (args.resume is None or model_files(args.log_dir)):
@@ -118,10 +121,12 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
             found[0] = load_pair(Path(args.resume))
 
     dist.on_master(read)
-    if args.micro_batch == "auto":
-        saved = found[0].state["train_args"]["micro_batch"] if found[0] else None
-        if saved := dist.broadcast(saved):
-            args.micro_batch, reasons["micro-batch"] = saved, "that of the checkpoint"
+    saved = found[0].state if found[0] else {"train_args": {}, "environment": {}}
+    used = dist.broadcast({**saved["environment"], "micro_batch": saved["train_args"].get("micro_batch")})
+    if args.micro_batch == "auto" and used["micro_batch"]:
+        args.micro_batch, reasons["micro-batch"] = used["micro_batch"], "that of the checkpoint"
+    if args.compile == "auto" and "compiled" in used and used["device"] == device_name(dist.device):
+        args.compile, reasons["compile"] = "on" if used["compiled"] else "off", "as in the resumed run"
     return found[0]
 
 
@@ -188,7 +193,9 @@ def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
         changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
         warnings.append(f"warning: settings have changed: {changes}; continuing with the new values")
     before, now = saved["environment"], identity.environment
-    if other := [f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key) != now[key]]:
+    if other := [
+        f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]
+    ]:
         changes = ", ".join(other).replace("_", " ")
         warnings.append(f"warning: {changes}: continuing, results equal to rounding only")
     return warnings

@@ -43,7 +43,8 @@ class RunLog:
         if sys.stderr.isatty() and find_spec("tqdm"):
             from tqdm import tqdm
 
-            self.bar = tqdm(total=max_steps, initial=start_step, unit="step", dynamic_ncols=True)
+            form = "{l_bar}{bar}| {n_fmt}/{total_fmt}"  # without an eta: each step's line has one
+            self.bar = tqdm(total=max_steps, initial=start_step, dynamic_ncols=True, bar_format=form)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -177,7 +178,7 @@ class Speed(NamedTuple):
     seconds: float
     tokens_per_second: float
     mfu: float | None  # model FLOPs utilisation, the share of the devices' peak; None where that is unknown
-    eta: float  # seconds left, at the mean speed of this process so far, without evaluations
+    eta: float  # seconds left, at a moving average of about 20 updates, without evaluations
 
 
 @dataclass
@@ -188,16 +189,15 @@ class Speedometer:
     max_steps: int  # of the run
     flops_per_step: int
     peak_flops: float | None  # FLOP/s of all devices together, None if unknown
-    total_seconds: float = 0.0  # of the updates so far
+    average: float = 0.0  # seconds of an update: the mean of the first 20, then a moving average
     steps_timed: int = 0
 
     def measure(self, step: int, seconds: float) -> Speed:
         """Adds the update of `step`, which took `seconds`."""
-        self.total_seconds += seconds
         self.steps_timed += 1
+        self.average += (seconds - self.average) / min(self.steps_timed, 20)
         mfu = self.flops_per_step / seconds / self.peak_flops if self.peak_flops else None
-        eta = (self.max_steps - step - 1) * self.total_seconds / self.steps_timed
-        return Speed(seconds, self.tokens_per_step / seconds, mfu, eta)
+        return Speed(seconds, self.tokens_per_step / seconds, mfu, (self.max_steps - step - 1) * self.average)
 
 
 class Mirror(NamedTuple):
