@@ -61,6 +61,13 @@ def tiny_model(seed: int = 0, **changes: int) -> GPT:
     return model.eval()
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides the GPU of a machine that has one, except from test_cuda.py: all tests run alike everywhere."""
+    if request.path.name != "test_cuda.py":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     """A repetitive text of a few thousand words."""

@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
+import re
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +21,23 @@ import torch
 
 from gpt_model import GPT
 from tests.benchmarks import __main__ as benchmark
+from tests.benchmarks import cuda as benchmark_cuda
+from tests.benchmarks import decode as benchmark_decode
 from tests.benchmarks import generate as benchmark_generate
 from tests.benchmarks import hellaswag as benchmark_hellaswag
 from tests.benchmarks import loader as benchmark_loader
+from tests.benchmarks import loss as benchmark_loss
 from tests.benchmarks import shards as benchmark_shards
 from tests.benchmarks import step as benchmark_step
 from tests.benchmarks.interleaved import BenchmarkProcess, compare_interleaved
 from tests.benchmarks.plain_gpt2 import plain_greedy, plain_twin
 from tests.benchmarks.step import Size, hugging_face_twin, prepare_ours, prepare_plain, random_batches
 from tests.conftest import ROOT, run, tiny_model
+from utils import fused_loss
 from utils.command_line import Unfinished, UserError
 from utils.cpu_matmul import FastLinear
+from utils.decoding import StaticDecoder
+from utils.runtime import Decision
 from utils.tokenizer import END_OF_TEXT_ID
 from utils.training.state import TrainState
 
@@ -35,9 +46,9 @@ CPU = torch.device("cpu")
 FIXTURES = ROOT / "tests" / "fixtures"
 
 
-def measured(tmp_path: Path, *arguments: Any) -> tuple[dict[str, Any], str]:
+def measured(tmp_path: Path, *arguments: Any, **environment: str) -> tuple[dict[str, Any], str]:
     """Runs a part as a user would. Returns the figures of --json, and what it printed."""
-    process = run("-m", "tests.benchmarks", *arguments, "--json", tmp_path / "figures.json")
+    process = run("-m", "tests.benchmarks", *arguments, "--json", tmp_path / "figures.json", **environment)
     assert process.returncode == 0, process.stderr
     return json.loads((tmp_path / "figures.json").read_text()), process.stdout
 
@@ -51,6 +62,7 @@ def test_steps_are_compared_at_equal_losses(tmp_path: Path):
     assert set(size["contenders"]) == {"ours", "plain eager", "Hugging Face"}
     for row in size["contenders"].values():
         assert row["tokens_per_second"] == pytest.approx(64 / row["seconds"]) and row["mfu"] is None
+        assert row["micro_batch"] == 2
     assert "losses agree" in printed and figures["date"] and figures["cpu"]
 
 
@@ -70,6 +82,85 @@ def test_shards_and_loader_are_measured(tmp_path: Path):
     sizes = ("--num-shards", 2, "--shard-tokens", 200_000, "--batches", 2, "--runs", 1)
     figures, printed = measured(tmp_path, "loader", *sizes)
     assert figures["tokens_per_second"] > 0 and "median" in printed
+
+
+def test_forms_of_the_loss_are_compared(tmp_path: Path):
+    """Ours, with its kernel where Triton is installed, is exact; a form that is not installed is named."""
+    toy = ("--rows", 48, "--channels", 32, "--vocab-size", 1000, "--rounds", 1, "--device", "cpu")
+    figures, printed = measured(tmp_path, "loss", *toy, TRITON_INTERPRET="1")
+    forms = figures["forms"]
+    assert figures["agree"] and "ours is exact" in printed
+    assert forms["full logits, eager"]["loss_error"] == forms["full logits, compiled"]["loss_error"] == 0
+    assert forms["ours, PyTorch's operations"]["rows"] == 48
+    assert ("rows" in forms["ours, kernel"]) == (find_spec("triton") is not None)
+    if find_spec("liger_kernel") is None:
+        assert forms["liger-kernel"] == {"missing": "not installed (pip install liger-kernel)"}
+
+
+def loss_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states (12, 8), weight (30, 8) and targets (12,)."""
+    torch.manual_seed(0)
+    return torch.randn(12, 8), torch.randn(30, 8).requires_grad_(), torch.randint(30, (12,))
+
+
+def test_a_form_uses_the_largest_number_of_rows_that_fits():
+    """Halved as often as memory runs out; another failure is a row of the table, and makes ours inexact."""
+
+    def hungry(hidden: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        if len(hidden) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return benchmark_loss.full_logits(hidden, *rest)
+
+    def broken(*inputs: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no kernel image")
+
+    def wrong(*inputs: torch.Tensor) -> torch.Tensor:
+        return 1.001 * benchmark_loss.full_logits(*inputs)
+
+    assert benchmark_loss.measure_speed(hungry, loss_inputs(), rounds=2)["rows"] == 3
+    failed = benchmark_loss.measure_form(broken, loss_inputs(), rounds=1)
+    assert failed == {"failed": "RuntimeError: no kernel image"} and not benchmark_loss.is_exact(failed)
+    assert "FAILED RuntimeError: no kernel image" in benchmark_loss.described(failed)
+    exact, inexact = (
+        benchmark_loss.measure_form(form, loss_inputs(), rounds=1)
+        for form in (benchmark_loss.without_kernel, wrong)
+    )
+    assert benchmark_loss.is_exact(exact) and not benchmark_loss.is_exact(inexact)
+
+
+def test_a_kernel_that_training_does_not_use_has_failed(monkeypatch: pytest.MonkeyPatch):
+    """Where Triton is missing, so is the kernel; where training avoids it for its results, it has failed."""
+    assert "missing" in benchmark_loss.measure_form(benchmark_loss.with_kernel, loss_inputs(), rounds=1)
+    monkeypatch.setattr(benchmark_loss, "choose_kernel", lambda device: Decision(True, "CUDA with Triton"))
+    monkeypatch.setattr(fused_loss, "loss_backend", lambda device: Decision(False, "results differ"))
+    failed = benchmark_loss.measure_form(benchmark_loss.with_kernel, loss_inputs(), rounds=1)
+    assert failed == {"failed": "RuntimeError: results differ"}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_static_and_eager_sampling_are_compared_with_one_pass(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Each of float32's tokens is the likeliest; a cache that forgets the first position is noticed."""
+    append = StaticDecoder.append
+
+    def forgetful(decoder: StaticDecoder, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple:
+        keys, values = append(decoder, layer, k, v)
+        return keys, values.index_fill(2, torch.tensor(0), 0.0) if decoder.position > 0 else values
+
+    if wrong:
+        monkeypatch.setattr(StaticDecoder, "append", forgetful)
+    monkeypatch.setattr(benchmark_decode, "read_bandwidth", lambda device: 1e9)
+    sizes = dict(n_layer=2, n_head=2, n_embd=32, max_new_tokens=24, texts=3, rounds=1)
+    figures = benchmark_decode.measure(Namespace(**sizes, device="cpu"))
+    assert figures["agree"] is not wrong and ("ARE NOT" in capsys.readouterr().out) is wrong
+    rows = [(row["form"], row["dtype"], row["texts"]) for row in figures["rows"]]
+    assert rows == [
+        (form, dtype, texts)
+        for dtype, others in (("float32", ()), ("bfloat16", ("Hugging Face",)))
+        for texts in (1, 3)
+        for form in ("ours, graphs", "ours, eager", *others)
+    ]
 
 
 def test_a_corpus_below_two_shards_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -104,6 +195,15 @@ def test_other_hellaswag_losses_are_noticed(monkeypatch: pytest.MonkeyPatch, tmp
     toy = ["--examples", "3", "--rounds", "1", *map(str, TOY), "--block-size", "256", "--device", "cpu"]
     with pytest.raises(Unfinished, match="different results"):
         benchmark.main(["hellaswag", *toy, "--dtype", "float32", "--hellaswag-dir", str(FIXTURES)])
+
+
+def test_all_of_hellaswag_with_few_padded_rows(tmp_path: Path):
+    """Every row of the file, once; the padded form gets a part of them, whose losses are compared."""
+    toy = ["--examples", "99", "--padded-examples", "3", "--rounds", "1", "--block-size", "256"]
+    files = ["--hellaswag-dir", str(FIXTURES), "--json", str(tmp_path / "figures.json")]
+    assert benchmark.main(["hellaswag", *toy, *map(str, TOY), "--device", "cpu", *files]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["agree"] and (figures["examples"], figures["padded_examples"]) == (7, 3)
 
 
 class Timed:
@@ -148,31 +248,45 @@ def prepare_memory_hungry(
     return device, hungry_step
 
 
-def test_all_use_the_largest_micro_batch_that_fits_each(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    """Where one implementation runs out of memory, all start again with half the rows and the same update."""
+@pytest.fixture
+def hungry_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch runs out of memory with more than one row; Hugging Face is ours, which imports less."""
     monkeypatch.setattr(benchmark_step, "prepare_plain", prepare_memory_hungry)
-    monkeypatch.setattr(benchmark_step, "prepare_hugging_face", prepare_ours)  # no long import
+    monkeypatch.setattr(benchmark_step, "prepare_hugging_face", prepare_ours)
     monkeypatch.setattr(benchmark_step, "matmul_flops_per_second", lambda device, dtype: 1e9)
-    found = benchmark_step.measure_largest_that_fits("toy", Size(1, 1, 8, 8, 2, 3), 50, CPU, torch.float32, 1)
-    assert (found["micro_batch"], found["micro_steps"]) == (1, 6) and found["losses_agree"]
-    assert "toy: plain eager: CUDA out of memory; retrying with B1 x 6" in capsys.readouterr().out
-    assert not multiprocessing.active_children()  # those of the first try have ended, too
 
 
-def test_no_micro_batch_fits(monkeypatch: pytest.MonkeyPatch):
+def test_each_uses_the_largest_micro_batch_that_fits(hungry_plain, capsys: pytest.CaptureFixture):
+    """One that runs out of memory makes the same update of fewer rows at a time; the table says so."""
+    found = benchmark_step.measure_size("toy", Size(1, 1, 8, 8, 4, 3), 50, CPU, torch.float32, 1)
+    assert {name: row["micro_batch"] for name, row in found["contenders"].items()} == {
+        "ours": 4,
+        "plain eager": 1,
+        "Hugging Face": 4,
+    }
+    assert found["losses_agree"] and (found["micro_batch"], found["micro_steps"]) == (4, 3)
+    printed = capsys.readouterr().out
+    assert "plain eager: CUDA out of memory; retrying with B2 x 6" in printed
+    assert "plain eager: CUDA out of memory; retrying with B1 x 12" in printed
+    assert re.search(r"^plain eager +1 ", printed, re.MULTILINE)
+    assert not multiprocessing.active_children()  # those of the first tries have ended, too
+
+
+def test_no_micro_batch_fits(hungry_plain):
     """The rows are halved until their number is odd; then the user must change something."""
-    tried = []
+    with pytest.raises(UserError, match="plain eager: out of memory with a micro-batch of 3"):
+        benchmark_step.measure_size("toy", Size(1, 1, 8, 8, 6), 50, CPU, torch.float32, 1)
+    assert not multiprocessing.active_children()
 
-    def measure_size(name: str, size: Size) -> None:
-        tried.append((size.micro_batch, size.micro_steps))
-        raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(benchmark_step, "measure_size", measure_size)
-    with pytest.raises(UserError, match="toy: out of memory with a micro-batch of 3"):
-        benchmark_step.measure_largest_that_fits("toy", Size(1, 1, 8, 8, 12))
-    assert tried == [(12, 1), (6, 2), (3, 4)]
+def test_an_update_has_the_same_tokens_for_every_micro_batch():
+    """So that losses of implementations with different micro-batches can be compared."""
+    whole, halves = (random_batches(Size(1, 1, 8, 5, *rows), 50, CPU) for rows in ((4, 2), (2, 4)))
+    assert [idx.shape for idx, _ in halves] == 4 * [(2, 5)]
+    for i in range(2):
+        assert torch.equal(
+            torch.cat([batch[i] for batch in whole]), torch.cat([batch[i] for batch in halves])
+        )
 
 
 def prepare_failing() -> tuple[torch.device, Callable[[], None]]:
@@ -284,3 +398,133 @@ def test_evaluated_models_have_the_linear_layers_of_the_scripts(monkeypatch: pyt
     with pytest.raises(Unfinished, match="enough"):
         benchmark.main(["hellaswag", *map(str, TOY), "--device", "cpu", "--hellaswag-dir", str(FIXTURES)])
     assert len(models) == 2 and all(isinstance(model.lm_head, FastLinear) for model in models)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command for a card
+
+
+@pytest.mark.slow
+def test_the_command_for_a_card_runs_at_toy_size(tmp_path: Path):
+    """Every part, in its order, with its bars; a CPU skips the tests of a card and meets no bar of speed."""
+    flags = ("--toy", "--hellaswag-dir", FIXTURES, "--commit", "abc")
+    figures, printed = measured(tmp_path, "cuda", *flags, TRITON_INTERPRET="1")
+    parts = figures["parts"]
+    assert figures["agree"] and figures["toy"] and figures["commit"] == "abc" and figures["versions"]["torch"]
+    assert list(parts) == ["tests", "loss", "step", "generate", "hellaswag"]
+    for name, part in parts.items():
+        assert part["status"].startswith("done after ") and part["right"], name
+        assert f"== {name}, at most " in printed and f"{name}: done after " in printed
+        assert len(part["bars"]) == len(benchmark_cuda.PARTS[name].bars)
+    assert re.search(r"\d+ skipped in ", parts["tests"]["output"][-1])
+    bars = {bar["name"]: bar for part in parts.values() for bar in part["bars"]}
+    assert bars["tokens/s of 8 texts, bf16"]["value"] > 0 and not bars["tokens/s of 8 texts, bf16"]["met"]
+    assert bars["seconds for all examples"]["met"] and bars["peak memory at B64 in GB"]["value"] is None
+
+
+def test_a_command_is_ended_at_its_limit_with_all_it_has_started(tmp_path: Path):
+    """A part that hangs disturbs no later one, and its output is kept; one that ends has its exit code."""
+    grandchild = "import time; time.sleep(60)"
+    code = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {grandchild!r}]); "
+        "print(child.pid); child.wait()"
+    )
+    log = tmp_path / "log.txt"
+    assert benchmark_cuda.run_limited([sys.executable, "-c", code], 1.5, log) is None
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # until its new parent has waited for it
+            os.kill(int(log.read_text()), 0)
+            time.sleep(0.1)
+    code = "import os, sys; print(os.environ['A']); sys.exit(7)"
+    assert benchmark_cuda.run_limited([sys.executable, "-c", code], 60, log, A="b") == 7
+    assert log.read_text() == "b\n"
+
+
+@pytest.fixture
+def cuda_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs the command with parts whose processes are given, as (exit code, figures); returns its file."""
+
+    def command(**results: tuple[int | None, dict[str, Any]]) -> dict[str, Any]:
+        file, left = tmp_path / "cuda.json", list(results)
+
+        def run_limited(command: list[str], limit: float, log_path: Path, **environment: str) -> int | None:
+            name = left.pop(0)
+            assert len(json.loads(file.read_text())["parts"]) == len(results) - len(left) - 1
+            log_path.write_text(f"output of {name}\n")
+            code, figures = results[name]
+            if "--json" in command and figures:
+                Path(command[command.index("--json") + 1]).write_text(json.dumps(figures))
+            return code
+
+        monkeypatch.setattr(benchmark_cuda, "run_limited", run_limited)
+        benchmark.main(["cuda", "--toy", "--json", str(file), "--parts", *results])
+        return json.loads(file.read_text())
+
+    return command
+
+
+def test_the_other_parts_run_after_one_that_fails(cuda_command, capsys: pytest.CaptureFixture):
+    """The file is written after each; a part that only measures may fail without failing the command."""
+    found = cuda_command(tests=(0, {}), step=(None, {}), generate=(0, {"agree": True, "rows": []}))["parts"]
+    assert found["tests"]["status"] == "done after 0 s: output of tests"
+    assert found["step"]["status"] == "TIMED OUT after 0 s: output of step" and found["step"]["right"]
+    assert [bar["value"] for bar in found["step"]["bars"]] == [None, None]
+    assert found["generate"]["figures"] == {"agree": True, "rows": []}
+    assert "step: TIMED OUT after 0 s: output of step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("results", "wrong"),
+    [
+        (dict(tests=(1, {}), loss=(0, {})), "tests"),
+        (dict(tests=(None, {}), loss=(1, {"agree": False}), step=(0, {})), "tests, loss"),
+        (dict(loss=(-9, {}), step=(1, {"agree": False}), generate=(0, {})), "loss, step"),
+    ],
+)
+def test_results_that_are_not_proven_right_fail_the_command(
+    results: dict, wrong: str, cuda_command, tmp_path
+):
+    """A proof that fails or does not end, or a part that only measures but found different results."""
+    with pytest.raises(Unfinished, match=f"not proven right: {wrong}$"):
+        cuda_command(**results)
+    figures = json.loads((tmp_path / "cuda.json").read_text())
+    assert figures["parts"].keys() == results.keys() and figures["agree"] is False
+
+
+def test_hellaswag_is_skipped_without_its_file(cuda_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The status names the folder; nothing is downloaded, and the command succeeds."""
+    monkeypatch.setenv("HELLASWAG_DIR", str(tmp_path))
+    [part] = cuda_command(hellaswag=(1, {}))["parts"].values()
+    assert part["status"] == f"skipped: no hellaswag_val.jsonl in {tmp_path}"
+
+
+def test_the_bars_are_taken_from_the_figures():
+    """At least 1,500 and at most 27.4; memory counts for a micro-batch of 64 only."""
+    row = {"form": "ours, graphs", "dtype": "bfloat16"}
+    speeds = [{**row, "texts": 1, "tokens_per_second": 1400.0}, {**row, "texts": 8, "tokens_per_second": 9e3}]
+    ours = {"micro_batch": 64, "peak_memory_bytes": 27e9}
+    step = {"sizes": {"124M": {"contenders": {"ours": ours, "ours, full logits": {"time_ratio": 1.05}}}}}
+
+    def outcome(name: str, figures: dict[str, Any]) -> list[tuple[float | None, bool]]:
+        bars = [benchmark_cuda.compare(bar, figures) for bar in benchmark_cuda.PARTS[name].bars]
+        return [(bar["value"], bar["met"]) for bar in bars]
+
+    assert outcome("generate", {"rows": speeds}) == [(1400, False), (9000, True)]
+    assert outcome("step", step) == [(1.05, True), (27, True)]
+    ours["micro_batch"] = 32
+    assert outcome("step", step)[1] == (None, False)
+    assert outcome("hellaswag", {"examples": 10_000, "examples_per_second": 2500}) == [(4, True)]
+    forms = {
+        "ours, kernel": {"loss_error": 2e-6, "gradient_error": 0.02, "milliseconds": 24, "rows": 65536},
+        "full logits, compiled": {"milliseconds": 15, "rows": 32768},
+    }
+    assert outcome("loss", {"forms": forms}) == [(2e-6, True), (0.02, False), (0.8, True)]
+    forms["ours, kernel"] = {"failed": "RuntimeError"}
+    assert outcome("loss", {"forms": forms}) == 3 * [(None, False)]
+
+
+def test_the_command_needs_a_card():
+    """Without one it measures nothing; the hint says how to try it."""
+    with pytest.raises(UserError, match="no CUDA device found") as caught:
+        benchmark.main(["cuda"])
+    assert "--toy" in caught.value.hint

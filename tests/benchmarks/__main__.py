@@ -8,20 +8,14 @@ is 1.
 
 from __future__ import annotations
 
-import datetime
 import importlib
-import json
-import platform
 import sys
 from pathlib import Path
 
-import torch
+from tests.benchmarks.figures import header, write_json
+from utils.command_line import ArgumentParser, Unfinished, run_script
 
-from utils.command_line import ArgumentParser, Unfinished, UserError, run_script
-from utils.files import whole_file
-from utils.runtime import device_name
-
-PARTS = ("step", "generate", "hellaswag", "shards", "loader")
+PARTS = ("step", "generate", "hellaswag", "shards", "loader", "loss", "decode", "cuda")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,21 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     module.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args(argv[1:])
-    figures = {
-        "part": part,
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": device_name(torch.device("cpu")),
-        **module.measure(args),
-    }
-    if args.json is not None:
-        try:
-            with whole_file(args.json) as file:
-                file.write(json.dumps(figures, indent=2) + "\n")
-        except OSError as error:
-            what = f"cannot write {args.json}: {error.strerror}"
-            raise UserError(what, "give --json another file") from error
+    figures = header(part) | module.measure(args)
+    write_json(args.json, figures)
     if not figures["agree"]:
         what = "the compared implementations gave different results"
         raise Unfinished(what, "find the cause in the output above; these figures compare nothing")

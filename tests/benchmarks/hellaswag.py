@@ -1,7 +1,7 @@
 """HellaSwag examples per second: prefix trees in batches, and the plain loop of four padded rows per example.
 
 The weights are random, which costs as much as trained ones. Both forms run alternately in this process, on
-the same model and examples, and their losses must agree.
+the same model and examples (the padded one on a part of them, if asked), and their losses must agree.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The flags of `python -m tests.benchmarks hellaswag`."""
     add = parser.add_argument
     add("--examples", type=positive_int, default=32, help="number of validation examples, of all lengths")
+    add("--padded-examples", type=positive_int, help="about how many of them as padded rows; default: all")
     add("--rounds", type=positive_int, default=7, help="number of interleaved rounds; the median is reported")
     add("--n-layer", type=positive_int, default=12, help="number of layers")
     add("--n-head", type=positive_int, default=12, help="number of attention heads")
@@ -108,7 +109,8 @@ def choose_rows(rows: Sequence[dict[str, Any]], count: int, group: int = 8) -> l
     similar length would be mostly padding. In the whole set, fifty times as dense, they are not.
     """
     by_length = sorted(rows, key=lambda row: len(row["ctx"]) + sum(map(len, row["endings"])))
-    count = min(count, len(rows))
+    if count >= len(rows):
+        return list(rows)
     num_groups = -(-count // group)
     chosen = []
     for number in range(num_groups):
@@ -126,16 +128,21 @@ def score_interleaved(
     dtype: torch.dtype,
     rounds: int,
     batch_tokens: int | None,
+    padded_examples: int | None = None,
 ) -> dict[str, Any]:
     """Scores with both forms alternately, `rounds` times after a warm-up, and prints a line for each round.
 
-    Returns the figures: median speeds, memory, and the differences of the losses.
+    The padded form gets about `padded_examples` of the rows, at equal distances. Returns the figures: median
+    speeds, memory, and the differences of the losses.
     """
+    part = slice(None, None, -(-len(rows) // (padded_examples or len(rows))))
 
-    def timed(score: Callable[..., np.ndarray], *arguments: Any) -> tuple[float, np.ndarray]:
+    def timed(
+        score: Callable[..., np.ndarray], chosen: Sequence, *arguments: Any
+    ) -> tuple[float, np.ndarray]:
         started = time.perf_counter()
-        loss_sum = score(model, *arguments)  # an array on the CPU, so the device has finished
-        return len(rows) / (time.perf_counter() - started), loss_sum
+        loss_sum = score(model, chosen, *arguments)  # an array on the CPU, so the device has finished
+        return len(chosen) / (time.perf_counter() - started), loss_sum
 
     timed(score_trees, examples, dtype, batch_tokens)
     # Read before the padded form runs: on a CPU only the peak of the whole process is known.
@@ -143,7 +150,7 @@ def score_interleaved(
     score_padded_rows(model, rows[:1], dtype)
     padded_speeds, tree_speeds = [], []
     for number in range(rounds):
-        padded_speed, padded_losses = timed(score_padded_rows, rows, dtype)
+        padded_speed, padded_losses = timed(score_padded_rows, rows[part], dtype)
         tree_speed, tree_losses = timed(score_trees, examples, dtype, batch_tokens)
         padded_speeds.append(padded_speed)
         tree_speeds.append(tree_speed)
@@ -153,12 +160,13 @@ def score_interleaved(
             flush=True,
         )
     divisors = np.stack([example.divisors for example in examples])  # (number of examples, 4)
-    expected, found = padded_losses / divisors, tree_losses / divisors
+    expected, found = padded_losses / divisors[part], (tree_losses / divisors)[part]
     ratios = [tree / padded for tree, padded in zip(tree_speeds, padded_speeds, strict=True)]
     return {
         "padded_examples_per_second": statistics.median(padded_speeds),
         "examples_per_second": statistics.median(tree_speeds),
         "ratio": statistics.median(ratios),
+        "padded_examples": len(expected),
         "peak_memory_bytes": memory,
         "largest_difference": float(np.abs(expected - found).max()),
         "same_predictions": int((expected.argmin(axis=1) == found.argmin(axis=1)).sum()),
@@ -184,7 +192,8 @@ def measure(args: Namespace) -> dict[str, Any]:
         "device": device_name(device),
     }
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    figures = score_interleaved(model, rows, examples, dtype, args.rounds, args.batch_tokens)
+    chosen = (args.rounds, args.batch_tokens, args.padded_examples)
+    figures = score_interleaved(model, rows, examples, dtype, *chosen)
     limit = MAX_DIFFERENCE if dtype == torch.float32 else MAX_DIFFERENCE_LOW_PRECISION
     agree = figures["largest_difference"] < limit  # False for NaN
     print(
@@ -195,6 +204,6 @@ def measure(args: Namespace) -> dict[str, Any]:
     print(
         f"mean losses {'agree' if agree else 'DISAGREE'}: largest difference "
         f"{figures['largest_difference']:.1e} (limit {limit:g}), same prediction for "
-        f"{figures['same_predictions']} of {len(rows)}"
+        f"{figures['same_predictions']} of {figures['padded_examples']}"
     )
     return {**setting, **figures, "agree": agree}

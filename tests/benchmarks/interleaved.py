@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class BenchmarkProcess:
     Args:
         name: of the implementation, for the console.
         prepare: called in the process with `arguments`; returns the device and the work.
+        arguments: of `prepare`.
 
     Attributes:
         results: return values of all executions of the work.
@@ -42,12 +43,17 @@ class BenchmarkProcess:
 
     def __init__(self, name: str, prepare: Prepare, *arguments: Any):
         self.name = name
+        self.prepare = prepare
         self.results: list[Any] = []
         self.seconds: list[float] = []
         self.peak_memory_bytes = 0
+        self.start(*arguments)
+
+    def start(self, *arguments: Any) -> None:
+        """Starts the process; after `kill` a new one, which may have other arguments."""
         context = multiprocessing.get_context("spawn")
         self.pipe, child_end = context.Pipe()
-        self.process = context.Process(target=_serve, args=(child_end, prepare, arguments), daemon=True)
+        self.process = context.Process(target=_serve, args=(child_end, self.prepare, arguments), daemon=True)
         self.process.start()
         child_end.close()
 
@@ -108,8 +114,6 @@ def _serve(pipe: Connection, prepare: Prepare, arguments: tuple[Any, ...]) -> No
 
 
 def _answer_requests(pipe: Connection, prepare: Prepare, arguments: tuple[Any, ...]) -> None:
-    # torch.compile would start a pool of processes, which a daemonic process must not have.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     device, work = prepare(*arguments)
     on_gpu = device.type == "cuda"
     reset_peak_memory(device)
@@ -117,12 +121,7 @@ def _answer_requests(pipe: Connection, prepare: Prepare, arguments: tuple[Any, .
     while (arguments := pipe.recv()) is not None:
         if on_gpu:
             work(*arguments)  # allocates again the memory that was released for the other processes
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        result = work(*arguments)
-        if on_gpu:
-            torch.cuda.synchronize(device)
-        pipe.send((time.perf_counter() - started, result))
+        pipe.send(time_once(partial(work, *arguments), device))
         if on_gpu:
             torch.cuda.empty_cache()
     pipe.send(peak_memory_bytes(device))
@@ -159,6 +158,16 @@ def compare_interleaved(
             if timed:
                 ratios_of_other.append(other.seconds[-1] / ours.seconds[-1])
     return [statistics.median(ratios_of_other) for ratios_of_other in ratios]
+
+
+def time_once(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Executes work in this process; returns its duration in seconds and its result."""
+    wait_for = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    wait_for(device)
+    started = time.perf_counter()
+    result = work()
+    wait_for(device)
+    return time.perf_counter() - started, result
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

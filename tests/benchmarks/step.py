@@ -22,11 +22,11 @@ from utils.distributed import Distributed
 from utils.runtime import (
     DTYPES,
     autocast,
-    choose_compile,
     choose_device,
     choose_dtype,
     choose_matmul,
     device_name,
+    find_triton,
     keep_freed_memory,
     make_scaler,
     peak_flops,
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 # Largest differences of first losses that rounding explains: float32 near 10.8 has steps of 1e-6; on a GPU,
 # or in bf16, matmuls round their inputs to 8 (bf16) to 11 (TF32) significant bits.
 MAX_DIFFERENCE, MAX_DIFFERENCE_LOW_PRECISION = 1e-5, 1e-2
-WARM_UP = 2  # untimed rounds
+# Untimed rounds after the first step of each; on CUDA every timed step has an untimed one just before it.
+WARM_UP = {"cpu": 1, "cuda": 0}
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP = 6e-4, 0.1, 1.0
 
 Step = Callable[[], float]  # makes an update and returns its loss
@@ -91,7 +92,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--micro-batch", type=positive_int, help="B: rows per forward pass")
     add("--micro-steps", type=positive_int, help="number of micro-batches per update")
     add("--vocab-size", type=positive_int, default=PADDED_GPT2_VOCAB, help="vocabulary size")
-    add("--rounds", type=positive_int, default=7, help=f"number of rounds after {WARM_UP} untimed ones")
+    add("--rounds", type=positive_int, default=7, help="number of timed rounds")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the matmuls")
 
@@ -108,11 +109,11 @@ def fresh_model(size: Size, vocab_size: int, device: torch.device) -> GPT:
 
 
 def random_batches(size: Size, vocab_size: int, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """The micro-batches of every update: (idx, targets), each (B, T)."""
+    """The micro-batches of every update: (idx, targets), each (B, T); the same tokens for every B."""
     generator = torch.Generator().manual_seed(1)
-    shape = (2, size.micro_batch, size.seq_len)
-    pairs = [torch.randint(vocab_size, shape, generator=generator) for _ in range(size.micro_steps)]
-    return [(idx.to(device), targets.to(device)) for idx, targets in pairs]
+    shape = (2, size.micro_batch * size.micro_steps, size.seq_len)
+    idx, targets = torch.randint(vocab_size, shape, generator=generator).to(device)
+    return list(zip(idx.split(size.micro_batch), targets.split(size.micro_batch), strict=True))
 
 
 class FullLogits(nn.Module):
@@ -138,7 +139,7 @@ def prepare_ours(
     model = fresh_model(size, vocab_size, device)
     choose_matmul(model)
     trained_model = FullLogits(model) if full_logits else model
-    if choose_compile("auto", device).value:
+    if device.type == "cuda" and find_triton(device).value:
         trained_model = torch.compile(trained_model)
     optimizer = model.configure_optimizers(WEIGHT_DECAY, LEARNING_RATE, device.type, is_master_process=False)
     scaler = make_scaler(device, dtype)
@@ -223,7 +224,7 @@ def measure(args: Namespace) -> dict[str, Any]:
     }
     print(", ".join(f"{name} {value}" for name, value in figures.items()))
     figures["sizes"] = {
-        name: measure_largest_that_fits(name, size, args.vocab_size, device, dtype, args.rounds)
+        name: measure_size(name, size, args.vocab_size, device, dtype, args.rounds)
         for name, size in chosen_sizes(args, device.type).items()
     }
     figures["agree"] = all(size["losses_agree"] for size in figures["sizes"].values())
@@ -245,37 +246,28 @@ def chosen_sizes(args: Namespace, device_type: str) -> dict[str, Size]:
     return known if args.size is None else {args.size: known[args.size]}
 
 
-def measure_largest_that_fits(name: str, size: Size, *arguments: Any) -> dict[str, Any]:
-    """`measure_size` with the largest micro-batch that fits all implementations.
-
-    Where one runs out of memory, all start again with half the rows and twice the micro-steps, so that the
-    update stays the same.
-
-    Raises:
-        UserError: even the smallest micro-batch does not fit.
-    """
-    while True:
-        try:
-            return measure_size(name, size, *arguments)
-        except torch.OutOfMemoryError as error:
-            if size.micro_batch % 2:
-                what = f"{name}: out of memory with a micro-batch of {size.micro_batch}"
-                raise UserError(what, "measure a smaller model, or give --micro-batch") from error
-            size = size._replace(micro_batch=size.micro_batch // 2, micro_steps=2 * size.micro_steps)
-            reason = str(error).split("\n")[0]
-            print(f"{name}: {reason}; retrying with B{size.micro_batch} x {size.micro_steps}", flush=True)
-
-
 def measure_size(
     name: str, size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
     """Makes steps of one size with all implementations, prints a table, and returns its content.
 
+    An implementation that does not fit the device's memory uses smaller micro-batches than the others.
+
     Raises:
-        torch.OutOfMemoryError: the micro-batch does not fit the device with one of the implementations.
+        UserError: even its smallest micro-batch does not fit.
     """
-    ours, *others = start_processes(size, vocab_size, device, dtype)
-    ratios, limit = step_interleaved(ours, others, device, dtype, rounds)
+    ours, *others = processes = start_processes(size, vocab_size, device, dtype)
+    try:
+        sizes = [fit_micro_batch(process, size, vocab_size, device, dtype) for process in processes]
+        limit = matmul_flops_per_second(device, dtype)
+        ratios = compare_interleaved(ours, others, rounds, WARM_UP.get(device.type, 1))
+        limit = max(limit, matmul_flops_per_second(device, dtype))  # the first may have been disturbed
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    for process in processes:
+        process.close()
 
     model = fresh_model(size, vocab_size, torch.device("cpu"))
     print(
@@ -287,6 +279,7 @@ def measure_size(
     peak = peak_flops(device)
     table = {
         process.name: {
+            "micro_batch": own_size.micro_batch,
             "seconds": process.median_seconds,
             "tokens_per_second": size.tokens / process.median_seconds,
             "share_of_products": flops / process.median_seconds / limit,  # of matmuls; as in cpu_1/
@@ -295,7 +288,7 @@ def measure_size(
             "time_ratio": ratio,
             "memory_ratio": process.peak_memory_bytes / ours.peak_memory_bytes,
         }
-        for process, ratio in zip((ours, *others), (1.0, *ratios), strict=True)
+        for process, own_size, ratio in zip(processes, sizes, (1.0, *ratios), strict=True)
     }
     print_table(table)
     exact = dtype == torch.float32 and device.type == "cpu"
@@ -326,44 +319,38 @@ def start_processes(
     ]
 
 
-def step_interleaved(
-    ours: BenchmarkProcess,
-    others: Sequence[BenchmarkProcess],
-    device: torch.device,
-    dtype: torch.dtype,
-    rounds: int,
-) -> tuple[list[float], float]:
-    """Makes the steps in all processes and closes them.
+def fit_micro_batch(process: BenchmarkProcess, size: Size, *arguments: Any) -> Size:
+    """Makes a first step, and returns the size with which it fits the device's memory.
 
-    Returns:
-        For each of the others its time as a multiple of ours, and the FLOP/s of a large matmul.
+    Where it does not, a new process tries half the rows and twice the micro-steps: the same update.
 
     Raises:
-        torch.OutOfMemoryError: one of the processes ran out of memory; all have ended.
+        UserError: the number of rows cannot be halved any more.
     """
-    processes = (ours, *others)
-    try:
-        for process in processes:
+    while True:
+        try:
             process.wait_until_ready()
-        limit = matmul_flops_per_second(device, dtype)
-        ratios = compare_interleaved(ours, others, rounds, WARM_UP)
-        limit = max(limit, matmul_flops_per_second(device, dtype))  # the first may have been disturbed
-    except torch.OutOfMemoryError:
-        for process in processes:
+            process.execute(timed=False)
+            return size
+        except torch.OutOfMemoryError as error:
             process.kill()
-        raise
-    for process in processes:
-        process.close()
-    return ratios, limit
+            if size.micro_batch % 2:
+                what = f"{process.name}: out of memory with a micro-batch of {size.micro_batch}"
+                raise UserError(what, "measure a smaller model, or give --micro-batch") from error
+            size = size._replace(micro_batch=size.micro_batch // 2, micro_steps=2 * size.micro_steps)
+            reason = str(error).split("\n")[0]
+            print(f"{reason}; retrying with B{size.micro_batch} x {size.micro_steps}", flush=True)
+            process.start(size, *arguments)
 
 
 def print_table(table: dict[str, dict[str, Any]]) -> None:
     """Prints a line for each implementation."""
-    print(f"{'':18}{'ms':>9}{'tokens/s':>10}{'of limit':>10}{'MFU':>8}{'memory':>10}{'time':>8}{'memory':>8}")
+    columns = f"{'ms':>9}{'tokens/s':>10}{'of limit':>10}{'MFU':>8}{'memory':>10}{'time':>8}{'memory':>8}"
+    print(f"{'':17}{'B':>5}{columns}")
     for name, row in table.items():
         mfu = "n/a" if row["mfu"] is None else f"{row['mfu']:.1%}"
         print(
-            f"{name:18}{1e3 * row['seconds']:9,.1f}{row['tokens_per_second']:10,.0f}"
+            f"{name:17}{row['micro_batch']:5}{1e3 * row['seconds']:9,.1f}{row['tokens_per_second']:10,.0f}"
             f"{row['share_of_products']:10.0%}{mfu:>8}{row['peak_memory_bytes'] / 1e9:7.2f} GB"
             f"{row['time_ratio']:7.2f}x{row['memory_ratio']:7.2f}x"
         )
