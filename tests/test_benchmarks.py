@@ -248,35 +248,48 @@ def prepare_memory_hungry(
     return device, hungry_step
 
 
-@pytest.fixture
-def hungry_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain PyTorch runs out of memory with more than one row; Hugging Face is ours, which imports less."""
-    monkeypatch.setattr(benchmark_step, "prepare_plain", prepare_memory_hungry)
-    monkeypatch.setattr(benchmark_step, "prepare_hugging_face", prepare_ours)
-    monkeypatch.setattr(benchmark_step, "matmul_flops_per_second", lambda device, dtype: 1e9)
-
-
-def test_each_uses_the_largest_micro_batch_that_fits(hungry_plain, capsys: pytest.CaptureFixture):
+def test_each_uses_the_largest_micro_batch_that_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """One that runs out of memory makes the same update of fewer rows at a time; the table says so."""
-    found = benchmark_step.measure_size("toy", Size(1, 1, 8, 8, 4, 3), 50, CPU, torch.float32, 1)
-    assert {name: row["micro_batch"] for name, row in found["contenders"].items()} == {
-        "ours": 4,
-        "plain eager": 1,
-        "Hugging Face": 4,
-    }
-    assert found["losses_agree"] and (found["micro_batch"], found["micro_steps"]) == (4, 3)
+    monkeypatch.setattr(benchmark_step, "prepare_plain", prepare_memory_hungry)
+    monkeypatch.setattr(benchmark_step, "prepare_hugging_face", prepare_ours)  # no long import
+    monkeypatch.setattr(benchmark_step, "matmul_flops_per_second", lambda device, dtype: 1e9)
+    found = benchmark_step.measure_size("toy", Size(1, 1, 8, 8, 2, 3), 50, CPU, torch.float32, 1)
+    rows = {name: row["micro_batch"] for name, row in found["contenders"].items()}
+    assert rows == {"ours": 2, "plain eager": 1, "Hugging Face": 2}
+    assert found["losses_agree"] and (found["micro_batch"], found["micro_steps"]) == (2, 3)
     printed = capsys.readouterr().out
-    assert "plain eager: CUDA out of memory; retrying with B2 x 6" in printed
-    assert "plain eager: CUDA out of memory; retrying with B1 x 12" in printed
+    assert "plain eager: CUDA out of memory; retrying with B1 x 6" in printed
     assert re.search(r"^plain eager +1 ", printed, re.MULTILINE)
-    assert not multiprocessing.active_children()  # those of the first tries have ended, too
+    assert not multiprocessing.active_children()  # that of the first try has ended, too
 
 
-def test_no_micro_batch_fits(hungry_plain):
-    """The rows are halved until their number is odd; then the user must change something."""
-    with pytest.raises(UserError, match="plain eager: out of memory with a micro-batch of 3"):
-        benchmark_step.measure_size("toy", Size(1, 1, 8, 8, 6), 50, CPU, torch.float32, 1)
-    assert not multiprocessing.active_children()
+def test_no_micro_batch_fits(monkeypatch: pytest.MonkeyPatch):
+    """The rows are halved until their number is odd; then all processes end, and the user must act."""
+    tried, killed = [], []
+
+    class Full:
+        """A process whose every step runs out of memory."""
+
+        def __init__(self, name: str, prepare: Callable, *arguments: Any):
+            self.name = name
+            self.start(*arguments)
+
+        def start(self, size: Size, *rest: Any) -> None:
+            tried.append((size.micro_batch, size.micro_steps))
+
+        def wait_until_ready(self) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def kill(self) -> None:
+            killed.append(self.name)
+
+    monkeypatch.setattr(benchmark_step, "BenchmarkProcess", Full)
+    with pytest.raises(UserError, match="ours: out of memory with a micro-batch of 3"):
+        benchmark_step.measure_size("toy", Size(1, 1, 8, 8, 12), 50, CPU, torch.float32, 1)
+    assert tried == [(12, 1), (12, 1), (12, 1), (6, 2), (3, 4)]
+    assert killed[-3:] == ["ours", "plain eager", "Hugging Face"]
 
 
 def test_an_update_has_the_same_tokens_for_every_micro_batch():
