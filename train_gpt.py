@@ -43,7 +43,13 @@ from utils.training.dry_run import Plan, dry_run, outline_if_too_large
 from utils.training.flags import Flags, accumulation_steps, check_training_settings, int_or_auto, read_flags
 from utils.training.guards import SpikeFilter, stop_on_divergence, stop_on_non_finite_val_loss
 from utils.training.log_directory import reserved
-from utils.training.micro_batch import choose_micro_batch, explain_out_of_memory, forward_backward, warm_up
+from utils.training.micro_batch import (
+    choose_micro_batch,
+    explain_out_of_memory,
+    forward_backward,
+    time_micro_batch,
+    warm_up,
+)
 from utils.training.resume import Identity, find_checkpoint, identity_of, save_checkpoint, start_or_resume
 from utils.training.run_log import RunLog, Speedometer
 from utils.training.signals import Stopped, StopSignals
@@ -357,12 +363,14 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     micro_steps = accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size)
 
     def eager_seconds() -> float:
-        seconds = [warm_up(model, args.micro_batch, args.seq_len, dtype.value, dist.device) for _ in range(3)]
-        return args.max_steps * micro_steps * dist.max_number(min(seconds))
+        seconds = time_micro_batch(model, args.micro_batch, args.seq_len, dtype.value, dist.device)
+        return args.max_steps * micro_steps * seconds
 
     compiles = runtime.choose_compile(
         args.compile, dist.device, deterministic=args.deterministic, eager_seconds=eager_seconds
     )
+    if dist.max_number(not compiles.value) and compiles.value:
+        compiles = runtime.Decision(False, "auto: it does not pay, or is not possible, on all ranks")
     # The compiled and wrapped module shares its weights with `model`, which evaluations and checkpoints use:
     # its parameter names carry no prefix.
     trained_model = torch.compile(model) if compiles.value else model

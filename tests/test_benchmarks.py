@@ -504,6 +504,15 @@ def test_results_that_are_not_proven_right_fail_the_command(
     assert figures["parts"].keys() == results.keys() and figures["agree"] is False
 
 
+def test_parts_for_which_no_time_is_left_are_not_run(cuda_command, monkeypatch: pytest.MonkeyPatch, tmp_path):
+    """They are named; where one would have proven results, the command has not proven them."""
+    monkeypatch.setattr(benchmark_cuda, "TIME_LIMIT", 0)
+    parts = cuda_command(step=(0, {}))["parts"]
+    assert parts["step"]["status"] == "not run: no time left"
+    with pytest.raises(Unfinished, match="not proven right: loss$"):
+        cuda_command(loss=(0, {}))
+
+
 def test_hellaswag_is_skipped_without_its_file(cuda_command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The status names the folder; nothing is downloaded, and the command succeeds."""
     monkeypatch.setenv("HELLASWAG_DIR", str(tmp_path))

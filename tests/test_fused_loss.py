@@ -220,3 +220,24 @@ def test_the_kernel_is_used_only_where_it_agrees_with_pytorch(monkeypatch):
     assert not decision.value and "differ" in decision.reason
     decision = backend_with(broken, monkeypatch)
     assert not decision.value and decision.reason == "the loss kernel failed here: no ptxas"
+
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):  # no verdict: the search for a micro-batch must see it
+        backend_with(out_of_memory, monkeypatch)
+
+
+def test_the_kernel_is_compared_without_autocast(monkeypatch):
+    """The first call of a float16 run comes from within autocast, which would mix dtypes."""
+    enabled = []
+
+    def kernel(*arguments):
+        enabled.append(torch.is_autocast_enabled("cuda"))
+        return plain(*arguments)
+
+    plain = fused_loss._add_gradients
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with torch.autocast("cuda", torch.float16):
+        assert torch.is_autocast_enabled("cuda") and backend_with(kernel, monkeypatch).value
+    assert enabled == [False]

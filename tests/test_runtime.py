@@ -115,6 +115,14 @@ def test_auto_compiles_where_it_saves_more_time_than_it_takes(gpus, monkeypatch,
     assert decision.reason == f"auto: about {saved} of {total} saved, 30s spent"
 
 
+def test_auto_compiles_where_eager_training_does_not_fit(gpus, monkeypatch):
+    """An infinite estimate is no duration: the reason says that memory decides."""
+    gpus()
+    monkeypatch.setattr(runtime, "find_spec", lambda name: True)
+    decision = compile_decision("auto", seconds=float("inf"))
+    assert decision.value and "fits the memory only with it" in decision.reason
+
+
 def test_a_deterministic_run_on_cuda_is_not_compiled(gpus, monkeypatch):
     """auto says why, an explicit --compile is refused; on a CPU both are allowed together."""
     gpus()

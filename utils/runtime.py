@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import re
@@ -158,7 +159,8 @@ def choose_compile(
 
     Args:
         requested: "auto", "on" or "off".
-        eager_seconds: estimates the time of all remaining updates without it; called only if that decides.
+        eager_seconds: estimates the time of all updates without it, infinite if memory does not suffice;
+            called only if that decides.
 
     Raises:
         UserError: "on" with `deterministic` on CUDA.
@@ -176,6 +178,8 @@ def choose_compile(
     if not triton.value:
         return Decision(False, f"auto: {triton.reason}")
     seconds = eager_seconds()
+    if math.isinf(seconds):
+        return Decision(True, "auto: a micro-batch fits the memory only with it, if at all")
     saved, total = format_duration(COMPILE_SAVING * seconds), format_duration(seconds)
     reason = f"auto: about {saved} of {total} saved, {COMPILE_SECONDS}s spent"
     return Decision(COMPILE_SAVING * seconds > COMPILE_SECONDS, reason)

@@ -118,11 +118,12 @@ def _answer_requests(pipe: Connection, prepare: Prepare, arguments: tuple[Any, .
     on_gpu = device.type == "cuda"
     reset_peak_memory(device)
     pipe.send(None)
+    released = False
     while (arguments := pipe.recv()) is not None:
-        if on_gpu:
+        if released:
             work(*arguments)  # allocates again the memory that was released for the other processes
         pipe.send(time_once(partial(work, *arguments), device))
-        if on_gpu:
+        if released := on_gpu:
             torch.cuda.empty_cache()
     pipe.send(peak_memory_bytes(device))
 

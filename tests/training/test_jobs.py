@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 
 import pytest
 import torch
 
-from tests.conftest import run
+import train_gpt
+from tests.conftest import run, tiny_model
 from tests.small_runs import train
 from utils.command_line import UserError
 from utils.distributed import Distributed
-from utils.training import data_source, resume
+from utils.runtime import Decision
+from utils.training import data_source, micro_batch, resume
 from utils.training.data_source import Source, fetch
-from utils.training.micro_batch import explain_out_of_memory, warm_up
+from utils.training.micro_batch import explain_out_of_memory, time_micro_batch, warm_up
 
 CPU = torch.device("cpu")
 
@@ -71,6 +74,30 @@ def test_the_warm_up_has_the_strides_of_training():
     assert warm_up(model, 3, 5, torch.float32, CPU) > 0
     assert seen == [(3, 5), (6, 1), (6, 1)]
     assert model.weight.grad is None
+
+
+def test_a_micro_batch_is_timed_where_it_can_run(monkeypatch):
+    """Not a model without weights, of which a dry run reports the size; without memory it is infinite."""
+    tokens = dict(B=2, T=4, dtype=torch.float32, device=CPU)
+    model = tiny_model()
+    assert 0 < time_micro_batch(model, **tokens) < 60
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with torch.device("meta"):
+        assert time_micro_batch(tiny_model(), **tokens) == 0
+
+    def out_of_memory(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(micro_batch, "forward_backward", out_of_memory)
+    assert time_micro_batch(model, **tokens) == math.inf
+
+
+def test_all_ranks_compile_or_none_does(short_text, tmp_path, capsys, monkeypatch):
+    """A rank that would compile does not where another one cannot."""
+    monkeypatch.setattr(train_gpt.runtime, "choose_compile", lambda *a, **k: Decision(True, "auto: it pays"))
+    monkeypatch.setattr(Distributed, "max_number", lambda self, number: number is False or number)
+    assert train(short_text, tmp_path, "--max-steps", "4") == 0
+    assert "compile off (auto: it does not pay, or is not possible, on all ranks)" in capsys.readouterr().out
 
 
 def test_running_out_of_memory_is_an_error_that_names_the_flag():

@@ -201,12 +201,17 @@ def test_a_resumed_run_is_compiled_as_the_run_it_continues(compiled, stopped_run
     content["environment"]["compiled"] = compiled
     torch.save(content, path)
     reasons: dict[str, str] = {}
-    args = Namespace(resume="newest", log_dir=stopped_run, micro_batch=2, compile="auto")
+    flags = dict(micro_batch=2, compile="auto", deterministic=False)
+    args = Namespace(resume="newest", log_dir=stopped_run, **flags)
     assert find_checkpoint(args, Distributed(torch.device("cpu")), reasons).path.name == "model_00009.pt"
     assert args.compile == ("on" if compiled else "off") and reasons == {"compile": "as in the resumed run"}
     args.compile = "off"
     find_checkpoint(args, Distributed(torch.device("cpu")), {})
     assert args.compile == "off"
+    args.compile, args.deterministic = "auto", True  # decided by that flag, which rules compilation out
+    find_checkpoint(args, Distributed(torch.device("cpu")), {})
+    assert args.compile == "auto"
+    args.deterministic = False
     content["environment"]["device"] = "another"
     torch.save(content, path)
     args.compile, reasons = "auto", {}
@@ -220,6 +225,7 @@ def test_an_older_checkpoint_does_not_say_whether_it_was_compiled(stopped_run):
     content = torch.load(path, weights_only=True)
     assert content["environment"].pop("compiled") is False
     torch.save(content, path)
-    args = Namespace(resume="newest", log_dir=stopped_run, micro_batch=2, compile="auto")
+    flags = dict(micro_batch=2, compile="auto", deterministic=False)
+    args = Namespace(resume="newest", log_dir=stopped_run, **flags)
     find_checkpoint(args, Distributed(torch.device("cpu")), {})
     assert args.compile == "auto"

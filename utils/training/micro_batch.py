@@ -1,6 +1,7 @@
 """Forward and backward of a micro-batch, and the search for the largest one that fits the device."""
 
 import contextlib
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -48,6 +49,23 @@ def warm_up(model: nn.Module, B: int, T: int, dtype: torch.dtype, device: torch.
     forward_backward(model, rows[:, :-1], rows[:, 1:], dtype).item()  # waits for the device
     model.zero_grad(set_to_none=True)
     return time.perf_counter() - started
+
+
+def time_micro_batch(model: "GPT", B: int, T: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds for a micro-batch of (B, T) tokens; infinite if it does not fit, 0 for a model without weights.
+
+    Of three executions the fastest. Leaves no trace in the peak memory.
+    """
+    if model.lm_head.weight.is_meta:
+        return 0.0
+    seconds = math.inf
+    with contextlib.suppress(torch.OutOfMemoryError):
+        seconds = min(warm_up(model, B, T, dtype, device) for _ in range(3))
+    model.zero_grad(set_to_none=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return seconds
 
 
 def choose_micro_batch(

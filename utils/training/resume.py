@@ -125,7 +125,8 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
     used = dist.broadcast({**saved["environment"], "micro_batch": saved["train_args"].get("micro_batch")})
     if args.micro_batch == "auto" and used["micro_batch"]:
         args.micro_batch, reasons["micro-batch"] = used["micro_batch"], "that of the checkpoint"
-    if args.compile == "auto" and "compiled" in used and used["device"] == device_name(dist.device):
+    same_device = dist.broadcast(used.get("device") == device_name(dist.device))  # one answer for all ranks
+    if args.compile == "auto" and not args.deterministic and "compiled" in used and same_device:
         args.compile, reasons["compile"] = "on" if used["compiled"] else "off", "as in the resumed run"
     return found[0]
 
