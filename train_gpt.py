@@ -370,7 +370,7 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
         args.compile, dist.device, deterministic=args.deterministic, eager_seconds=eager_seconds
     )
     if dist.max_number(not compiles.value) and compiles.value:
-        compiles = runtime.Decision(False, "auto: it does not pay, or is not possible, on all ranks")
+        compiles = runtime.Decision(False, "auto: on some rank it does not pay or is not possible")
     # The compiled and wrapped module shares its weights with `model`, which evaluations and checkpoints use:
     # its parameter names carry no prefix.
     trained_model = torch.compile(model) if compiles.value else model
@@ -385,9 +385,10 @@ def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[
     which = (args.hellaswag_dir, args.hellaswag_examples, data.tokenizer, model.config.block_size)
     hellaswag = examples_for_training(*which, dist) if args.hellaswag_every else []
     reasons["data"] = f"{data.train.name} ({data.reason}), tokenizer {data.tokenizer.name}"
+    compile_reason = reasons.pop("compile", compiles.reason)  # of find_checkpoint, where it decided
     reasons["numerics"] = (
         f"{str(dtype.value)[len('torch.') :]} ({dtype.reason}); {matmul}; {numerics}; "
-        f"compile {'on' if compiles.value else 'off'} ({compiles.reason})"
+        f"compile {'on' if compiles.value else 'off'} ({compile_reason})"
     )
     state = TrainState(model, trained_model, {"optimizer": optimizer}, scaler, SpikeFilter(args.skip_spikes))
     plan = Plan(args, model, train_loader, val_loader, micro_steps, dist, reasons)
@@ -462,8 +463,7 @@ def main(argv: list[str] | None = None) -> int:
         reasons = {"preset": f"{args.preset} ({preset_reason})"}
         reasons["device"] = f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}"
         if args.dry_run:
-            if args.micro_batch == "auto":
-                find_checkpoint(args, dist, reasons)
+            find_checkpoint(args, dist, reasons)  # --micro-batch and --compile may follow from it
             run = set_up(args, dist, StopSignals(dist), reasons)
             return dry_run(run.plan, run.state, run.dtype)
         # Signals are caught, and the log directory is locked, before anything is read or changed.

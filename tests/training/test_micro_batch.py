@@ -53,6 +53,16 @@ def test_auto_on_a_cpu_is_the_preset_value(char_flags, tmp_path, capsys):
     assert saved == train_gpt.PRESETS["char"]["micro_batch"]
 
 
+def test_a_resumed_run_says_that_it_compiles_as_before(char_flags, capsys):
+    """Once, in the line of the numerics, and also in a dry run, whatever the micro-batch."""
+    assert train_gpt.main(char_flags) == 0
+    for flags in (["--dry-run"], []):
+        capsys.readouterr()
+        assert train_gpt.main([*char_flags, "--resume", "--max-steps", "3", *flags]) == 0
+        out = capsys.readouterr().out
+        assert "compile off (as in the resumed run)" in out and out.count("as in the resumed run") == 1
+
+
 def test_auto_in_a_resumed_run_is_the_micro_batch_of_the_checkpoint(char_flags, capsys):
     """So that a resumed run is bitwise the same; printed with its reason, also by a dry run."""
     assert train_gpt.main([*char_flags, "--micro-batch", "4"]) == 0

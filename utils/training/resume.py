@@ -122,11 +122,12 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
 
     dist.on_master(read)
     saved = found[0].state if found[0] else {"train_args": {}, "environment": {}}
-    used = dist.broadcast({**saved["environment"], "micro_batch": saved["train_args"].get("micro_batch")})
+    used = {**saved["environment"], "micro_batch": saved["train_args"].get("micro_batch")}
+    used["same_device"] = used.get("device") == device_name(dist.device)
+    used = dist.broadcast(used)  # rank 0's: ranks that decided differently would wait for each other
     if args.micro_batch == "auto" and used["micro_batch"]:
         args.micro_batch, reasons["micro-batch"] = used["micro_batch"], "that of the checkpoint"
-    same_device = dist.broadcast(used.get("device") == device_name(dist.device))  # one answer for all ranks
-    if args.compile == "auto" and not args.deterministic and "compiled" in used and same_device:
+    if args.compile == "auto" and not args.deterministic and "compiled" in used and used["same_device"]:
         args.compile, reasons["compile"] = "on" if used["compiled"] else "off", "as in the resumed run"
     return found[0]
 
