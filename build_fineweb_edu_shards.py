@@ -10,6 +10,11 @@ order, are one sequence of tokens, which is cut into shards without a gap; shard
 for any reason continues when the same command is run again, and produces the same bytes.
 """
 
+from utils.console import begin_script
+
+if __name__ == "__main__":
+    begin_script()
+
 import shutil
 import signal
 import sys

@@ -13,6 +13,11 @@ Shapes: B examples, N tokens of the longest row, T nodes of the largest prefix t
 S scored tokens, U nodes that predict them.
 """
 
+from utils.console import begin_script
+
+if __name__ == "__main__":
+    begin_script()
+
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -5,6 +5,11 @@ python generate.py -m gpt2-xl -p FILE:prompt.txt --temperature 0
 python generate.py                       the newest checkpoint in log/, prompts typed at the terminal
 """
 
+from utils.console import begin_script
+
+if __name__ == "__main__":
+    begin_script()
+
 import sys
 from argparse import Namespace
 from contextlib import suppress
@@ -134,4 +139,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, environment_local_rank()))
+    sys.exit(run_script(main, environment_local_rank(), result_is_stdout=True))

@@ -10,6 +10,11 @@ is. A preset is a small table of other defaults.
 Shapes: B micro-batch, T time (tokens of a window).
 """
 
+from utils.console import begin_script
+
+if __name__ == "__main__":
+    begin_script()
+
 import math
 import sys
 import time

@@ -9,10 +9,14 @@ import argparse
 import math
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from utils.console import guarded_streams, printable, second_interrupt_exits, watched_signals
 
 
 class UserError(ValueError):
@@ -44,21 +48,44 @@ class Unfinished(UserError):
     exit_code = 1
 
 
-def run_script(main: Callable[[], int | None], local_rank: int = 0) -> int:
+class ResultLost(Exception):
+    """Standard output, the only result of a script, cannot be written any more."""
+
+
+def run_script(main: Callable[[], int | None], local_rank: int = 0, *, result_is_stdout: bool = False) -> int:
     """Runs a script's `main`, prints a UserError as two lines on stderr, and returns the exit code.
 
-    An error that all ranks raise alike is printed on local rank 0 of each machine only.
+    An error that all ranks raise alike is printed on local rank 0 of each machine only. A script whose only
+    result is its standard output (`result_is_stdout`) ends when that is gone; any other one continues.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # never fail on characters that the console cannot encode
+
+    def on_loss(error: OSError) -> None:
+        if result_is_stdout:
+            raise ResultLost(error.strerror) from error
+
+    with guarded_streams(on_loss), watched_signals(second_interrupt_exits()):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of begin_script's
+        return _run(main, local_rank)
+
+
+def _run(main: Callable[[], int | None], local_rank: int) -> int:
     try:
-        return main() or 0
+        code = main() or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         if local_rank == 0 or error.one_rank_only:
             sys.stdout.flush()
-            print(f"error: {error}\nhint: {error.hint}", file=sys.stderr, flush=True)
+            lines = printable(f"error: {error}\nhint: {error.hint}")
+            print(lines, file=sys.stderr, flush=True)
         code = error.exit_code
+    except ResultLost as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            return 0  # whoever reads it, such as `head`, wants no more
+        hint = "make room, or write it to another file"
+        print(f"error: cannot write standard output: {error}\nhint: {hint}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = 130

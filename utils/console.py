@@ -1,0 +1,143 @@
+"""The terminal of a script: streams that may vanish, Ctrl-C at any moment, warnings.
+
+Standard output holds results only; warnings and progress go to standard error. Nothing here is slow to
+import: a script calls `begin_script` before its other imports.
+"""
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+SECOND_SIGINT_SECONDS = 1.0  # a launcher may deliver one Ctrl-C twice within a second
+# All control characters but line feed and tab, and those that reverse the direction of a text.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+lost_streams: dict[str, str] = {}  # name -> why nothing more can be written to it
+
+
+def begin_script() -> None:
+    """From here on, Ctrl-C ends with exit code 130 and no traceback, also during slow imports.
+
+    `run_script` replaces this by KeyboardInterrupt, which removes unfinished files.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: without this, the next file that is opened would become standard output
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+
+class GuardedStream:
+    """A standard stream whose failure ends nothing: a closed pipe, a full disk, a vanished terminal.
+
+    After the first failure its descriptor leads to /dev/null, `lost_streams` says why, and `on_loss` is
+    called: where standard output is the only result, that ends the script.
+    """
+
+    def __init__(self, stream: TextIO, name: str, on_loss: Callable[[OSError], None]):
+        self._stream, self._name, self._on_loss = stream, name, on_loss
+
+    def write(self, text: str) -> int:
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, action: Callable[..., object], *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            lost_streams.setdefault(self._name, error.strerror or str(error))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._on_loss(error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def guarded_streams(on_loss: Callable[[OSError], None] = lambda error: None) -> Iterator[None]:
+    """Standard output and error as `GuardedStream`; neither fails on a character that it cannot encode."""
+    earlier = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed before Python started
+            setattr(sys, name, open(os.devnull, "w"))
+            lost_streams[name] = "closed"
+        elif stream is getattr(sys, f"__{name}__"):  # not replaced, as by a notebook
+            stream.reconfigure(errors="replace")
+            call = on_loss if name == "stdout" else lambda error: None
+            setattr(sys, name, GuardedStream(stream, name, call))
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = earlier
+
+
+@contextmanager
+def watched_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
+    """Calls `on_signal` with the number of every signal that has a Python handler, in a thread of its own.
+
+    A handler of Python runs only when the current native call returns; the thread also runs during a long
+    one.
+    """
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while numbers := os.read(reader, 16):
+            for number in numbers:
+                if earlier >= 0:
+                    os.write(earlier, bytes([number]))  # watchers may be nested
+                on_signal(number)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(earlier)
+        os.close(writer)  # ends the thread
+        thread.join()
+        os.close(reader)
+
+
+def second_interrupt_exits() -> Callable[[int], None]:
+    """For `watched_signals`: the second Ctrl-C ends the process at once, wherever it is.
+
+    Not under torchrun, which passes its own Ctrl-C on to processes that have already received one.
+    """
+    received: list[float] = []
+
+    def on_signal(number: int) -> None:
+        if number == signal.SIGINT:
+            received.append(time.monotonic())
+            is_second = received[-1] - received[0] > SECOND_SIGINT_SECONDS
+            if is_second and "TORCHELASTIC_RUN_ID" not in os.environ:
+                os._exit(130)
+
+    return on_signal
+
+
+def printable(text: str) -> str:
+    """A text from a file, for a terminal: control characters, which could command it, as `\\x1b`."""
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def warn(text: str) -> None:
+    """Prints a warning on standard error."""
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
