@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gpt_model import GPT
 from utils.command_line import ArgumentParser, UserError, positive_int, run_script
+from utils.console import warn
 from utils.cpu_matmul import linear
 from utils.distributed import Distributed, environment_local_rank
 from utils.hellaswag.dataset import NUM_ENDINGS, choose_directory, find_or_download, read_rows
@@ -275,7 +276,7 @@ def examples_for_training(
         return [make_example(row, index, tokenizer, block_size) for index, row in enumerate(rows)]
     except UserError as error:
         if dist.is_master:
-            print(f"warning: HellaSwag is off: {error}")
+            warn(f"HellaSwag is off: {error}")
         return []
 
 

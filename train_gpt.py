@@ -45,7 +45,16 @@ from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
 from utils.training.data_source import Data, available_tokenizer, check_model_reads, fetch, open_data
 from utils.training.dry_run import Plan, dry_run, outline_if_too_large
-from utils.training.flags import Flags, accumulation_steps, check_training_settings, int_or_auto, read_flags
+from utils.training.flags import (
+    Flags,
+    accumulation_steps,
+    check_ranks_agree,
+    check_training_settings,
+    check_typed,
+    int_or_auto,
+    read_flags,
+    warn_of_unused,
+)
 from utils.training.guards import SpikeFilter, stop_on_divergence, stop_on_non_finite_val_loss
 from utils.training.log_directory import reserved
 from utils.training.micro_batch import (
@@ -59,6 +68,7 @@ from utils.training.resume import Identity, find_checkpoint, identity_of, save_c
 from utils.training.run_log import RunLog, Speedometer
 from utils.training.signals import Stopped, StopSignals
 from utils.training.state import TrainState
+from utils.weights.checkpoint import Checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
 # The faithful run: GPT-2 124M on 10 billion tokens, with the settings of GPT-3 Small (Brown et al. 2020,
@@ -338,9 +348,26 @@ def train(run: Run, log: RunLog) -> None:
 # Before and after the loop
 
 
-def load_model_and_data(args: Namespace, dist: Distributed) -> tuple[GPT, Data]:
+def load_model(args: Namespace, dist: Distributed, checkpoint: Checkpoint | None) -> GPT | None:
+    """The model of `--init-from`; for a run that started from one, that of its own checkpoint, without its
+    weights. None where the flags decide. Raises UserError if flags on the command line contradict it."""
+    if checkpoint and checkpoint.state["train_args"].get("init_from"):
+        model = GPT(GPTConfig(**checkpoint.model["config"]))
+        model.tokenizer_state, source = checkpoint.model["tokenizer"], checkpoint.path
+    elif args.init_from and not checkpoint:
+        model, source = GPT.load(args.init_from), args.init_from
+    else:
+        return None
+    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    check_typed(args, dict(sizes, tokenizer=model.tokenizer_state["name"]), source)
+    return model.to(dist.device)
+
+
+def load_model_and_data(
+    args: Namespace, dist: Distributed, checkpoint: Checkpoint | None = None
+) -> tuple[GPT, Data]:
     """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
-    model = GPT.load(args.init_from, dist.device) if args.init_from else None
+    model = load_model(args, dist, checkpoint)
     args.seq_len = args.seq_len or model.config.block_size
     tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
     data = open_data(fetch(args.data, dist), tokenizer, args.seq_len, dist)
@@ -354,12 +381,16 @@ def load_model_and_data(args: Namespace, dist: Distributed) -> tuple[GPT, Data]:
     return model, data
 
 
-def set_up(args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[str, str]) -> Run:
+def set_up(
+    args: Namespace, dist: Distributed, stop: StopSignals, reasons: dict[str, str],
+    checkpoint: Checkpoint | None,
+) -> Run:  # fmt: skip
     """Decides, checks and builds all that the loop needs; `reasons` collects the decisions as text."""
     # Each decision comes with its reason, which the start lines print.
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     numerics = runtime.set_numerics(args.seed, deterministic=args.deterministic)
-    model, data = load_model_and_data(args, dist)
+    dist.check_equal({"the dtype": dtype.value}, "give --dtype a value that all devices support")
+    model, data = load_model_and_data(args, dist, checkpoint)
     matmul = runtime.choose_matmul(model)
     torch.manual_seed(args.seed + dist.rank)  # weights are equal on all ranks, later draws are not
     if args.micro_batch == "auto":
@@ -407,8 +438,10 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
     args, dist, state, started = run.args, run.dist, run.state, time.perf_counter()
     step = state.progress.step
     with RunLog(args.log_dir, is_master=dist.is_master, max_steps=args.max_steps, start_step=step) as log:
-        for line in run.plan.lines() + run.plan.space_warning() + lines:
+        for line in run.plan.lines() + lines:
             log.say(line)
+        if warning := run.plan.space_warning():
+            log.warn(warning)
         record = dict(settings=run.identity.settings, environment=run.identity.environment)
         record.update(step=step, reasons=run.plan.reasons, parameters=state.model.num_parameters())
         log.log_start(record, tensorboard=args.tensorboard, wandb=args.wandb)
@@ -419,8 +452,12 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
                 seconds = warm_up(state.trained_model, *shape, run.dtype, dist.device)
                 if compiled:
                     log.say(f"compiled in {seconds:.0f} s, which is in no step's time")
+            run.stop.defer()
             train(run, log)
         except Stopped as stop:
+            if state.progress.step == 0:
+                log.say(f"received {stop.name} before the first update: nothing to save")
+                return stop.exit_code
             if not save_checkpoint(state, run.identity, args, log, dist):
                 hint = "make room on the disk; --resume continues from the checkpoint before"
                 raise Unfinished(f"received {stop.name}, but could not save", hint) from stop
@@ -432,6 +469,9 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
             if not (dist.is_alone or isinstance(error, UserError)):
                 print(f"rank {dist.rank} failed at step {state.progress.step}:", file=sys.stderr, flush=True)
             raise
+        if lost := log.lost_files():
+            what = f"{args.log_dir} was removed or renamed during the run: it lacks {', '.join(lost)}"
+            raise Unfinished(what, f"the weights are in {state.newest_checkpoint}; the rest is where it went")
         log.write_report()
         memory = runtime.peak_memory_bytes(dist.device) / 1e9
         log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
@@ -462,19 +502,22 @@ def main(argv: list[str] | None = None) -> int:
     if device.value.type == "cpu":
         runtime.keep_freed_memory()
     with join_job(device.value, args.dist_timeout) as dist, explain_out_of_memory(args):
+        check_ranks_agree(args, dist)
+        if dist.is_master:
+            warn_of_unused(args)
         if args.eval_only:
             return report_val_loss(args, dist)
         check_training_settings(args, dist.world_size)
         reasons = {"preset": f"{args.preset} ({preset_reason})"}
         reasons["device"] = f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}"
         if args.dry_run:
-            find_checkpoint(args, dist, reasons)  # --micro-batch and --compile may follow from it
-            run = set_up(args, dist, StopSignals(dist), reasons)
+            checkpoint = find_checkpoint(args, dist, reasons)
+            run = set_up(args, dist, StopSignals(dist), reasons, checkpoint)
             return dry_run(run.plan, run.state, run.dtype)
         # Signals are caught, and the log directory is locked, before anything is read or changed.
         with StopSignals(dist) as stop, reserved(args.log_dir, dist):
             checkpoint = find_checkpoint(args, dist, reasons)
-            run = set_up(args, dist, stop, reasons)
+            run = set_up(args, dist, stop, reasons, checkpoint)
             lines = start_or_resume(run.state, run.identity, checkpoint, args, dist)
             del checkpoint  # a second copy of weights and moments
             if run.state.progress.is_complete(args, with_hellaswag=bool(run.hellaswag)):

@@ -138,7 +138,7 @@ def test_accumulation_changes_rounding_only(text_file, tmp_path):
 def test_fine_tuning_starts_from_the_checkpoint(finished_run, tmp_path):
     """--init-from loads sizes, weights and vocabulary: the first val loss is the last one of the file."""
     _, log_dir, text_file = finished_run
-    flags = ("--init-from", str(log_dir / "model_00030.pt"), "--n-layer", "5", "--max-steps", "1")
+    flags = ("--init-from", str(log_dir / "model_00030.pt"), "--max-steps", "1")
     assert train_gpt.main(small_args(text_file, tmp_path, *flags)) == 0
     last = (log_dir / "log.txt").read_text().splitlines()[-1].split()[2]
     assert (tmp_path / "log.txt").read_text().splitlines()[0] == f"0 val {last}"

@@ -11,12 +11,17 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from utils.console import guarded_streams, printable, second_interrupt_exits, watched_signals
+from utils.console import (
+    guarded_streams,
+    handle_interrupt,
+    printable,
+    second_interrupt_exits,
+    watched_signals,
+)
 
 
 class UserError(ValueError):
@@ -64,8 +69,7 @@ def run_script(main: Callable[[], int | None], local_rank: int = 0, *, result_is
             raise ResultLost(error.strerror) from error
 
     with guarded_streams(on_loss), watched_signals(second_interrupt_exits()):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # instead of begin_script's
+        handle_interrupt(signal.default_int_handler)  # instead of begin_script's
         return _run(main, local_rank)
 
 

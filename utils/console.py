@@ -31,7 +31,14 @@ def begin_script() -> None:
             os.fstat(descriptor)
         except OSError:  # closed: without this, the next file that is opened would become standard output
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    handle_interrupt(lambda *_: os._exit(130))
+
+
+def handle_interrupt(handler: Callable[[int, Any], object]) -> None:
+    """Installs a handler of Ctrl-C, unless the signal was ignored when the process started."""
+    is_main = threading.current_thread() is threading.main_thread()  # only it can handle signals
+    if is_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handler)
 
 
 class GuardedStream:
@@ -91,7 +98,7 @@ def watched_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
     A handler of Python runs only when the current native call returns; the thread also runs during a long
     one.
     """
-    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     reader, writer = os.pipe()

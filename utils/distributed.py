@@ -116,6 +116,17 @@ class Distributed:
             raise UserError(*error)
         return value
 
+    def check_equal(self, values: dict[str, Any], hint: str) -> None:
+        """Raises UserError on all ranks, with names, ranks and values, unless the values are equal on all."""
+        of_ranks = self.gather(values)
+        differ = [
+            f"{name} is " + ", ".join(f"{value[name]} on rank {rank}" for rank, value in enumerate(of_ranks))
+            for name in values
+            if any(value[name] != of_ranks[0][name] for value in of_ranks)
+        ]
+        if differ:
+            raise UserError(f"the ranks differ: {'; '.join(differ)}", hint)
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's Python value, in rank order, on every rank, over the control group."""
         if self.is_alone:

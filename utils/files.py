@@ -4,6 +4,7 @@ A file is written as `.NAME.tmp-PID` in its folder and renamed when it is comple
 killed leaves the old file or the new one, and at most one temporary file for the next start to remove.
 """
 
+import errno
 import hashlib
 import http.client
 import os
@@ -24,6 +25,14 @@ def sha256_of(path: Path) -> str:
         for chunk in iter(lambda: file.read(1 << 20), b""):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of_code() -> str:
+    """SHA-256 of this project's source files, in hexadecimal."""
+    root = Path(__file__).resolve().parent.parent
+    paths = [*root.glob("*.py"), *root.joinpath("utils").rglob("*.py")]
+    names = {path.relative_to(root).as_posix(): sha256_of(path) for path in paths}
+    return hashlib.sha256(repr(sorted(names.items())).encode()).hexdigest()
 
 
 def temporary_name(path: Path) -> Path:
@@ -116,3 +125,27 @@ def download(url: str, path: Path, sha256: str, num_bytes: int | None = None) ->
                 raise OSError(f"{url} is not the expected file: {found}")
     except http.client.HTTPException as error:  # not an OSError, unlike all other network failures
         raise OSError(f"{url}: no valid HTTP response ({error!r})") from error
+
+
+def move(source: Path, target: Path) -> None:
+    """Moves a file or folder by one rename; onto another file system by a copy that appears when complete."""
+    try:
+        os.rename(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = temporary_name(target)
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, copy, symlinks=True)
+            os.rename(copy, target)
+            shutil.rmtree(source)
+        else:
+            shutil.copy2(source, copy, follow_symlinks=False)
+            os.rename(copy, target)
+            source.unlink()
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the file system on which a folder is, or will be created."""
+    folder = folder.resolve()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free

@@ -52,4 +52,7 @@ def first_bytes(path: Path) -> bytes:
 
 def quoted(path: Path | str) -> str:
     """A path or an argument as a shell takes it: every printed command can be pasted."""
-    return shlex.quote(str(path))
+    text = str(path)
+    # In double quotes where they suffice: easier to read, and valid on Windows as well.
+    easy = "'" in text and set(text).isdisjoint('"$`\\!')
+    return f'"{text}"' if easy else shlex.quote(text)

@@ -268,6 +268,37 @@ def test_an_error_of_all_ranks_is_printed_once(short_text, tmp_path):
         assert 'Traceback (most recent call last):\n  File "' + str(DRIVER) not in output
 
 
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (("--warmup-steps", "3"), "--warmup-steps is 2 on rank 0, 3 on rank 1"),
+        (("--total-batch-tokens", "64"), "--total-batch-tokens is 128 on rank 0, 64 on rank 1"),
+        (("--val-every", "7", "--skip-spikes", "4"), "--skip-spikes is 0.0 on rank 0, 4.0 on rank 1; --val-"),
+    ],
+)
+def test_ranks_with_different_settings_are_refused(flags, difference, short_text, tmp_path):
+    """Before the first step, on every rank, with flag, ranks and values: silently they would train another
+    run, or wait for each other."""
+    processes = []
+    port = str(free_port())
+    for rank in (0, 1):
+        job = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        own = [*SETTINGS, "--data", short_text, "--log-dir", tmp_path, *(flags if rank else ())]
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, [ROOT / "train_gpt.py", *own])],
+                env={**os.environ, **OFFLINE, **job, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [finish(process) for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    assert f"error: the ranks differ: {difference}" in outputs[0] and outputs[0].count("hint: ") == 1
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_alone_every_collective_is_the_identity():
     """One process needs no process group: every value is returned unchanged."""
     alone = Distributed(torch.device("cpu"))

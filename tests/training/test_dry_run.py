@@ -15,6 +15,7 @@ import train_gpt
 from gpt_model import GPT
 from tests.conftest import ROOT, run, tiny_config
 from tests.small_runs import TINY, small_args
+from utils import files
 from utils.command_line import format_bytes
 from utils.distributed import Distributed
 from utils.training import dry_run
@@ -81,7 +82,7 @@ def test_the_speed_on_a_known_gpu_is_a_share_of_its_peak(tmp_path, monkeypatch):
 def test_checkpoints_are_counted_as_they_are_kept(changes, models, optimizers, tmp_path):
     """The models and optimizer files that a finished run leaves, and one pair more during a save."""
     plan = plan_of(tmp_path, **changes)
-    line = plan.checkpoints_line()
+    line, _ = plan.checkpoints()
     assert f"; {models} models and {optimizers} optimizers stay, " in line
     most = 4 * plan.model.num_parameters() * (models + 1) + 8 * plan.model.num_parameters() * (optimizers + 1)
     assert f"at most {format_bytes(most)} at one time" in line
@@ -102,9 +103,11 @@ def test_the_count_of_checkpoints_is_that_of_a_real_run(text_file, tmp_path, cap
 def test_too_little_disk_space_is_a_warning(tmp_path, monkeypatch):
     """Checkpoint sizes beside the free space of the nearest existing folder; nothing is created."""
     plan = plan_of(tmp_path / "not" / "yet" / "log")
-    assert plan.checkpoints_line().startswith("checkpoints: model 0.1 MB + optimizer 0.2 MB")
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda folder: Namespace(free=1000))
-    assert plan.checkpoints_line().startswith("warning: checkpoints: ")
+    line, fits = plan.checkpoints()
+    assert line.startswith("checkpoints: model 0.1 MB + optimizer 0.2 MB") and fits
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: Namespace(free=1000))
+    line, fits = plan.checkpoints()
+    assert line.endswith(": not enough") and not fits
     assert list(tmp_path.iterdir()) == []
 
 
@@ -112,12 +115,12 @@ def test_existing_checkpoints_of_a_resumed_run_need_no_more_space(tmp_path, monk
     """They are among those that will be kept, so the start of a resumed run does not warn."""
     plan = plan_of(tmp_path)
     pair = 12 * plan.model.num_parameters()  # weights and two moments
-    monkeypatch.setattr(dry_run.shutil, "disk_usage", lambda folder: Namespace(free=2 * pair))
-    assert plan.space_warning()[0].startswith("warning: checkpoints: ")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: Namespace(free=2 * pair))
+    assert plan.space_warning().startswith("checkpoints: ")
     (tmp_path / "model_00060.pt").write_bytes(bytes(pair // 3))
     (tmp_path / "model_00030.pt").write_bytes(bytes(pair // 3))
     (tmp_path / "optimizer_00030.pt").write_bytes(bytes(2 * pair // 3))
-    assert plan.space_warning() == []
+    assert plan.space_warning() is None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -199,7 +202,8 @@ def test_a_model_that_cannot_fit_is_reported_within_seconds(tmp_path):
     assert time.monotonic() - started < 60
     out = process.stdout
     assert "model: 805," in out and " parameters (1000 layers, 64 heads, 8192 channels" in out
-    assert re.search(r"checkpoints: model 3,\d+\.\d+ GB \+ optimizer 6,\d+\.\d+ GB", out)
+    warning = r"warning: checkpoints: model 3,\d+\.\d+ GB \+ optimizer 6,\d+\.\d+ GB.*: not enough\n"
+    assert re.search(warning, process.stderr)
     sentence = r"memory: parameters, gradients and moments alone take 12,\S+ GB, cpu has \S+ GB: "
     assert re.search(sentence + "this does not fit, so nothing is measured\n$", out)
     assert "\nspeed: " not in out and "\ntime: " not in out

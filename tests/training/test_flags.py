@@ -17,7 +17,13 @@ from gpt_model import GPT, GPTConfig
 from tests.conftest import ROOT, run
 from tests.small_runs import small_args
 from utils.command_line import UserError, run_script
-from utils.training.flags import Flags, accumulation_steps, check_training_settings
+from utils.training.flags import (
+    Flags,
+    accumulation_steps,
+    check_training_settings,
+    check_typed,
+    warn_of_unused,
+)
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 GRAD_CLIP_LINE = next(line for line in SOURCE.splitlines() if '"--grad-clip"' in line)
@@ -290,3 +296,38 @@ def test_a_mirror_that_is_not_installed_is_an_error_before_the_first_step(flag, 
         train_gpt.main(small_args(text_file, tmp_path / "log", flag))
     assert f"pip install {package}" in caught.value.hint
     assert not (tmp_path / "log" / "log.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--sample-every", "0", "--sample-prompt", "x"), "--sample-prompt (with --sample-every 0)"),
+        (("--val-every", "0", "--val-tokens", "64"), "--val-tokens (with --val-every 0)"),
+        (("--hellaswag-examples", "5"), "--hellaswag-examples (with --hellaswag-every 0)"),
+        (("--cost-per-hour", "3"), "--cost-per-hour (without --dry-run)"),
+        (("--max-lr", "1", "--eval-only"), "--max-lr (with --eval-only)"),
+        (("--sample-every", "2", "--sample-prompt", "x"), None),
+        (("--cost-per-hour", "3", "--dry-run"), None),
+    ],
+)
+def test_a_flag_that_the_run_does_not_use_is_named(flags, why, tmp_path, capsys):
+    """In one warning, with the reason; flags that are used, and those of the preset, are not mentioned."""
+    (tmp_path / "model_00001.pt").touch()  # the newest checkpoint, for --eval-only
+    args, _ = train_gpt.read_arguments(["--preset", "tiny", "--log-dir", str(tmp_path), *flags])
+    warn_of_unused(args)
+    assert capsys.readouterr().err == (f"warning: not used: {why}\n" if why else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("n_layer", 5), ("n_head", 1), ("n_embd", 32), ("tokenizer", "gpt2")]
+)
+def test_a_flag_that_contradicts_the_loaded_model_is_refused(name, value):
+    """With both values; on the command line only: the preset's sizes give way to the model's."""
+    found = dict(n_layer=2, n_head=2, n_embd=16, tokenizer="char")
+    args = train_gpt.read_arguments([f"--{name}", str(value)])[0]
+    message = rf"m.pt contradicts --{name.replace('_', '-')} {value} \(found {found[name]}\)"
+    with pytest.raises(UserError, match=message):
+        check_typed(args, found, "m.pt")
+    check_typed(train_gpt.read_arguments(["--preset", "gpt2"])[0], found, "m.pt")
+    same = [f"--{key}={entry}" for key, entry in found.items()]
+    check_typed(train_gpt.read_arguments(same)[0], found, "m.pt")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from utils.command_line import UserError
+import train_gpt
+from tests.small_runs import train
+from utils.command_line import Unfinished, UserError
 from utils.training import log_directory
 from utils.training.log_directory import RUN_FILES, archive_run, cut_logs_back, locked_log_dir, log_sizes
+from utils.training.state import TrainState
 
 
 def test_the_holder_of_the_lock_is_named(tmp_path):
@@ -55,8 +60,8 @@ def found(log_dir: Path) -> set[str]:
 def test_archiving_moves_checkpoints_first_and_only_files_of_a_run(tmp_path, monkeypatch):
     """A kill halfway leaves no checkpoint without its log; other files stay; two archives get two names."""
     moved: list[str] = []
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(a).name), real(a, b)))
+    real = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (moved.append(Path(a).name), real(a, b)))
     for number in (1, 2):
         for name in ("log.txt", "model_00001.pt", "optimizer_00001.pt", "metrics.jsonl", "notes.md", ".lock"):
             (tmp_path / name).touch()
@@ -107,6 +112,68 @@ def test_a_log_that_lost_lines_is_cut_back_to_whole_lines(tmp_path, capsys):
     assert (tmp_path / "log.txt.stale").read_text() == "1 val 2\n"
     assert (tmp_path / "metrics.jsonl").read_text() == "{}\n"
     assert (tmp_path / "metrics.jsonl.stale").read_text() == "{incomplete"
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "metrics.jsonl has 14 bytes and had 1,200 at the checkpoint" in out and "log.txt" not in out
     assert "samples.txt has 0 bytes" in out
+
+
+@pytest.mark.parametrize("name", [".lock", ".lock-holder", "log.txt", "metrics.jsonl", "samples.txt"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_an_entry_that_is_no_regular_file_is_refused(name, make, tmp_path):
+    """A FIFO in its place would block the run for ever, a folder end it with a traceback."""
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} is not a regular file"):
+        with locked_log_dir(tmp_path):
+            pass
+
+
+def test_an_archive_that_is_no_folder_is_refused(tmp_path):
+    """Before anything is moved."""
+    (tmp_path / "archive").touch()
+    with pytest.raises(UserError, match="archive is not a folder"):
+        with locked_log_dir(tmp_path):
+            pass
+
+
+def test_an_archive_on_another_file_system_receives_copies(tmp_path, monkeypatch):
+    """Files and folders, with their times; no temporary name is left."""
+    (tmp_path / "model_00001.pt").write_bytes(b"weights")
+    (tmp_path / "tensorboard" / "inner").mkdir(parents=True)
+    (tmp_path / "tensorboard" / "inner" / "events").write_text("numbers")
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    archive = archive_run(tmp_path)
+    assert (archive / "model_00001.pt").read_bytes() == b"weights"
+    assert (archive / "tensorboard" / "inner" / "events").read_text() == "numbers"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["archive"]
+    assert sorted(path.name for path in archive.iterdir()) == ["model_00001.pt", "tensorboard"]
+
+
+@pytest.mark.parametrize("fate", ["removed", "renamed"])
+def test_a_log_directory_that_disappears_ends_no_run(
+    fate, short_text, tmp_path, monkeypatch, capsys, no_pictures
+):
+    """A warning, and further checkpoints in a new folder; at the end exit code 1 with what is lost."""
+    log_dir, real = tmp_path / "log", train_gpt.update
+
+    def update(state: TrainState, *rest: object) -> tuple[float, float]:
+        if state.progress.step == 4:
+            shutil.rmtree(log_dir) if fate == "removed" else log_dir.rename(tmp_path / "moved")
+        return real(state, *rest)
+
+    monkeypatch.setattr(train_gpt, "update", update)
+    with pytest.raises(Unfinished, match="removed or renamed .*: it lacks log.txt, metrics") as caught:
+        train(short_text, log_dir)
+    assert "the weights are in " in caught.value.hint and (log_dir / "model_00020.pt").exists()
+    err = capsys.readouterr().err
+    assert (
+        err.count("warning: ") == err.count("was removed or renamed during the run; creating it again") == 1
+    )
+    if fate == "renamed":
+        assert (tmp_path / "moved" / "log.txt").read_text().splitlines()[-1].startswith("20 val ")

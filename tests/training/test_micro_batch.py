@@ -75,9 +75,9 @@ def test_auto_in_a_resumed_run_is_the_micro_batch_of_the_checkpoint(char_flags, 
     for flags in (["--dry-run"], []):
         capsys.readouterr()
         assert train_gpt.main([*resumed, *flags]) == 0
-        out = capsys.readouterr().out
+        out, err = capsys.readouterr()
         assert "micro-batch: that of the checkpoint" in out and "= 4 rows x 64 tokens x" in out
-    assert "settings have changed: max_steps 2 -> 3; continuing" in out
+    assert "settings have changed: max_steps 2 -> 3; continuing" in err
 
 
 def test_a_run_that_runs_out_of_memory_names_the_flag(char_flags, monkeypatch):

@@ -347,7 +347,7 @@ def test_a_service_that_fails_is_one_warning(tmp_path, tensorboard, capsys):
         for step in range(5):
             log.add_record("train", step=step, loss=1.0)
     warning = "warning: TensorBoard failed: no route to host; continuing without it\n"
-    assert capsys.readouterr().out == warning and log.mirrors == []
+    assert capsys.readouterr().err == warning and log.mirrors == []
 
 
 def test_wandb_continues_the_same_run_after_a_resume(tmp_path, monkeypatch, capsys):
@@ -368,7 +368,7 @@ def test_wandb_continues_the_same_run_after_a_resume(tmp_path, monkeypatch, caps
     assert [call["id"] for call in calls] == [None, "abc123", "abc123"]
     assert logged == [{"val/loss": 2.0, "step": 0}, {"val/loss": 2.0, "step": 10}]
     warning = "warning: wandb failed: cannot reach api.wandb.ai; continuing without it\n"
-    assert capsys.readouterr().out == warning
+    assert capsys.readouterr().err == warning
 
 
 def test_a_run_writes_to_its_mirrors(text_file, tmp_path, tensorboard, monkeypatch):

@@ -202,7 +202,7 @@ def test_a_resumed_run_is_compiled_as_the_run_it_continues(compiled, stopped_run
     torch.save(content, path)
     reasons: dict[str, str] = {}
     flags = dict(micro_batch=2, compile="auto", deterministic=False)
-    args = Namespace(resume="newest", log_dir=stopped_run, **flags)
+    args = Namespace(resume="newest", log_dir=stopped_run, init_from=None, **flags)
     assert find_checkpoint(args, Distributed(torch.device("cpu")), reasons).path.name == "model_00009.pt"
     assert args.compile == ("on" if compiled else "off") and reasons == {"compile": "as in the resumed run"}
     args.compile = "off"
@@ -226,6 +226,6 @@ def test_an_older_checkpoint_does_not_say_whether_it_was_compiled(stopped_run):
     assert content["environment"].pop("compiled") is False
     torch.save(content, path)
     flags = dict(micro_batch=2, compile="auto", deterministic=False)
-    args = Namespace(resume="newest", log_dir=stopped_run, **flags)
+    args = Namespace(resume="newest", log_dir=stopped_run, init_from=None, **flags)
     find_checkpoint(args, Distributed(torch.device("cpu")), {})
     assert args.compile == "auto"

@@ -139,9 +139,9 @@ def test_a_full_disk_ends_a_run_only_if_the_last_save_fails(short_text, tmp_path
     monkeypatch.setattr(checkpoint, "save_atomically", full)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Namespace(free=1000))
     assert train(short_text, tmp_path / "a") == 0
-    out = capsys.readouterr().out
-    assert "warning: checkpoints: " in out.split("step ")[0]
-    assert out.count("warning: could not save") == 2 and "No space left on device (free " in out
+    err = capsys.readouterr().err
+    assert "warning: checkpoints: " in err.split("could not")[0]
+    assert err.count("warning: could not save") == 2 and "No space left on device (free " in err
 
     def always(contents):
         raise OSError(28, "No space left on device")
@@ -178,7 +178,7 @@ def test_the_warning_of_a_failed_save_has_the_reason(
     monkeypatch.setattr(checkpoint, "save_atomically", fails)
     with pytest.raises(Unfinished):
         train(short_text, tmp_path, "--max-steps", "2", "--val-every", "0")
-    warning = capsys.readouterr().out.split("warning: could not save step 2: ")[1].split("\n")[0]
+    warning = capsys.readouterr().err.split("warning: could not save step 2: ")[1].split("\n")[0]
     assert reason in warning
 
 
@@ -192,8 +192,8 @@ def test_a_file_size_limit_is_reported_like_a_full_disk(short_text, tmp_path):
     flags = ("--data", short_text, "--log-dir", tmp_path, "--max-steps", "4", "--val-every", "0")
     process = run("-c", code, *RESUMABLE, *flags)
     assert process.returncode == 1, process.stdout + process.stderr
-    assert "warning: could not save step 3" in process.stdout
-    assert process.stderr.startswith("error: the final checkpoint could not be saved")
+    assert "warning: could not save step 3" in process.stderr
+    assert "\nerror: the final checkpoint could not be saved" in process.stderr
     assert "Traceback" not in process.stderr
     assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*.tmp-*"))
 

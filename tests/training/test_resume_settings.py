@@ -54,8 +54,8 @@ def test_changed_settings_are_listed_and_used(stopped_run, short_text, capsys):
     """The run continues with the new values, at the window after the last one trained."""
     flags = ("--max-lr", "5e-3", "--total-batch-tokens", "128", "--sample-prompt", "The fox")
     assert train(short_text, stopped_run, "--resume", *flags) == 0
-    out = capsys.readouterr().out
-    (line,) = [line for line in out.splitlines() if line.startswith("warning: settings have changed: ")]
+    warnings = capsys.readouterr().err
+    (line,) = [line for line in warnings.splitlines() if line.startswith("warning: settings have changed: ")]
     for change in ("total_batch_tokens 64 -> 128", "max_lr 0.01 -> 0.005", "language model, -> The fox"):
         assert change in line
     state = torch.load(stopped_run / "optimizer_00020.pt", weights_only=True)
@@ -67,7 +67,7 @@ def test_harmless_settings_change_silently(stopped_run, short_text, capsys):
     """Other intervals and another number of checkpoints are used without a warning."""
     flags = ("--val-every", "10", "--sample-every", "0", "--checkpoint-every", "0", "--keep-checkpoints", "9")
     assert train(short_text, stopped_run, "--resume", *flags) == 0
-    assert "settings have changed" not in capsys.readouterr().out
+    assert "settings have changed" not in capsys.readouterr().err
     lines = [line.split()[:2] for line in (stopped_run / "log.txt").read_text().splitlines()]
     assert [int(step) for step, kind in lines if kind == "val"] == [0, 4, 8, 10, 20]
 
@@ -75,7 +75,7 @@ def test_harmless_settings_change_silently(stopped_run, short_text, capsys):
 def test_another_micro_batch_changes_rounding_only(stopped_run, short_text, undisturbed, capsys):
     """The same windows in each step, so the losses agree to 1e-4."""
     assert train(short_text, stopped_run, "--resume", "--micro-batch", "4") == 0
-    assert "settings have changed: micro_batch 2 -> 4; " in capsys.readouterr().out
+    assert "warning: settings have changed: micro_batch 2 -> 4; " in capsys.readouterr().err
     assert_same_losses(stopped_run, undisturbed)
 
 
@@ -140,8 +140,8 @@ def test_a_checkpoint_without_a_setting_resumes_silently(stopped_run, short_text
     torch.save(content, path)
     assert "--max-lr" in RESUMABLE
     assert train(short_text, stopped_run, "--resume") == 0
-    out = capsys.readouterr().out
-    assert "model_00009.pt at step 9" in out and "settings have changed" not in out
+    out, err = capsys.readouterr()
+    assert "model_00009.pt at step 9" in out and "settings have changed" not in err
 
 
 @pytest.mark.parametrize("before", [{"compiled": False, "threads": 2}, {"threads": 2}])
@@ -152,7 +152,5 @@ def test_compiling_a_run_that_was_not_is_reported_from_the_environment(before):
     identity = Identity({}, {}, {"name": "gpt2"}, [], {"compiled": True, "threads": 2})
     warnings = check_same_run(identity, checkpoint)
     assert warnings == (
-        ["warning: compiled False -> True: continuing, results equal to rounding only"]
-        if "compiled" in before
-        else []
+        ["compiled False -> True: continuing, results equal to rounding only"] if "compiled" in before else []
     )

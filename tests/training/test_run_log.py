@@ -45,7 +45,7 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
         for step in range(3):
             log.log_validation(step, 1.0, 0, 0.0)
     warning = f"warning: cannot write the logs in {tmp_path}: No space left on device; continuing"
-    assert capsys.readouterr().out.count(warning) == 1
+    assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_a_picture_that_cannot_be_drawn_is_one_warning(tmp_path, capsys, monkeypatch):
@@ -60,9 +60,9 @@ def test_a_picture_that_cannot_be_drawn_is_one_warning(tmp_path, capsys, monkeyp
         for _ in range(3):
             log.draw_curves()
         log.write_report()
-    out = capsys.readouterr().out
-    assert out.count("warning: no curves.png: No space left on device; continuing without it\n") == 1
-    assert out.count("warning: no report.md: No space left on device; continuing without it\n") == 1
+    err = capsys.readouterr().err
+    assert err.count("warning: no curves.png: No space left on device; continuing without it\n") == 1
+    assert err.count("warning: no report.md: No space left on device; continuing without it\n") == 1
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys):

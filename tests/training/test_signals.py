@@ -78,30 +78,52 @@ def test_a_killed_process_is_resumed_bitwise(short_text, undisturbed, tmp_path):
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_ctrl_c_saves_and_a_second_one_exits_at_once(short_text, tmp_path):
-    """The first ends the run with 130 after saving; one more, a second later, exits without saving."""
+def test_ctrl_c_saves(short_text, tmp_path):
+    """And ends the run with 130; sent to the whole process group, as by a terminal."""
     process = start(short_text, tmp_path / "a", "--max-steps", "100000")
     wait_for(process, "step     5 |")
     os.killpg(process.pid, signal.SIGINT)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "received SIGINT: saved" in out and "Traceback" not in error
-    # A loop that never polls, like a long computation.
-    code = (
-        "import time, torch\n"
-        "from utils.distributed import Distributed\n"
-        "from utils.training.signals import StopSignals\n"
-        "with StopSignals(Distributed(torch.device('cpu'))):\n"
-        "    print('ready', flush=True)\n"
-        "    while True: time.sleep(0.05)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    time.sleep(1.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == 130
+
+
+def test_a_closed_terminal_saves_unless_it_is_ignored(short_text, tmp_path):
+    """SIGHUP saves and exits with 143; under nohup, which ignores it, the run continues to its end."""
+    process = start(short_text, tmp_path / "a", "--max-steps", "100000")
+    wait_for(process, "step     5 |")
+    process.send_signal(signal.SIGHUP)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and "received SIGHUP: saved" in out, error
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    process = start(short_text, tmp_path / "b")
+    signal.signal(signal.SIGHUP, earlier)
+    wait_for(process, "step     1 |")
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0 and (tmp_path / "b" / "model_00020.pt").exists()
+
+
+def test_a_stop_before_the_first_update_leaves_no_checkpoint(short_text, tmp_path, monkeypatch, capsys):
+    """In the evaluation of the initial weights: nothing has been trained, so nothing is saved."""
+    stop_by_signal_in(monkeypatch, "evaluate", signal.SIGTERM, 1)
+    assert train(short_text, tmp_path) == 143
+    assert "received SIGTERM before the first update: nothing to save" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_set_up_ends_the_process_at_once(number, code, tmp_path):
+    """Also within a native call, such as the tokenizer's: there is nothing to save yet."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"word{i} " for i in range(4_000_000)))
+    process = start(text, tmp_path / "log", "--tokenizer", "gpt2")
+    while not (tmp_path / "log" / ".lock-holder").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=5)
+    assert process.returncode == code and error.endswith("before the first step: nothing to save\n")
+    assert not list((tmp_path / "log").glob("*.pt"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(short_text, tmp_path, capsys):

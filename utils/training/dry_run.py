@@ -1,6 +1,5 @@
 """What a run will do and need, before it starts: the start lines, and `--dry-run`."""
 
-import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,8 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils.command_line import format_bytes, format_duration
+from utils.console import warn
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed
+from utils.files import free_bytes
 from utils.fused_loss import loss_backend
 from utils.runtime import memory_bytes, peak_flops, peak_memory_bytes
 from utils.training.micro_batch import forward_backward
@@ -59,29 +60,29 @@ class Plan:
             f"{self.dist.world_size} process(es) x {self.micro_steps} micro-step(s)",
         ]
 
-    def checkpoints_line(self, existing_bytes: int = 0) -> str:
-        """Bytes of all checkpoints, one more pair during a save, beside the free space and existing ones."""
+    def checkpoints(self, existing_bytes: int = 0) -> tuple[str, bool]:
+        """Bytes of all checkpoints, one more pair during a save, beside the free space; whether they fit."""
         args = self.args
         saved = due_steps(args.checkpoint_every, args.max_steps)[1:] or [args.max_steps]
         kept = checkpoints_to_keep(saved, args.keep_checkpoints, args.keep_every, args.max_steps)
         models, optimizers = map(len, kept)
         model_bytes, optimizer_bytes = pair_bytes(self.model.num_parameters())
         need = (models + 1) * model_bytes + (optimizers + 1) * optimizer_bytes
-        log_dir = args.log_dir.resolve()
-        free = shutil.disk_usage(next(path for path in (log_dir, *log_dir.parents) if path.exists())).free
+        free = free_bytes(args.log_dir)
         line = (
             f"checkpoints: model {format_bytes(model_bytes)} + optimizer {format_bytes(optimizer_bytes)}; "
             f"{models} models and {optimizers} optimizers stay, at most {format_bytes(need)} at one time; "
             f"free {format_bytes(free)}"
         )
-        return line if need <= free + existing_bytes else f"warning: {line}: not enough"
+        fits = need <= free + existing_bytes
+        return line if fits else f"{line}: not enough", fits
 
-    def space_warning(self) -> list[str]:
-        """The line above if the checkpoints will not fit beside those of a resumed run, else nothing."""
+    def space_warning(self) -> str | None:
+        """The line above if the checkpoints will not fit beside those of a resumed run, else None."""
         log_dir = self.args.log_dir
         existing = (*log_dir.glob("model_*.pt"), *log_dir.glob("optimizer_*.pt"))
-        line = self.checkpoints_line(sum(path.stat().st_size for path in existing))
-        return [line] if line.startswith("warning") else []
+        line, fits = self.checkpoints(sum(path.stat().st_size for path in existing))
+        return None if fits else line
 
     def time_lines(self, micro_step_seconds: float) -> list[str]:
         """Speed, time and cost of the run, from the measured time of a micro-step."""
@@ -125,7 +126,12 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
         if plan.dist.is_master:
             print("\n".join(lines), flush=True)
 
-    say(*plan.lines(), plan.checkpoints_line())
+    say(*plan.lines())
+    checkpoints, fits = plan.checkpoints()
+    if fits:
+        say(checkpoints)
+    elif plan.dist.is_master:
+        warn(checkpoints)
     device, minimum = plan.dist.device, format_bytes(STATE_BYTES * plan.model.num_parameters())
     if state.model.lm_head.weight.is_meta:  # see outline_if_too_large
         memory = format_bytes(memory_bytes(device))

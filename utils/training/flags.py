@@ -3,11 +3,15 @@
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from utils.command_line import ArgumentParser, UserError, positive_int
+from utils.console import warn
+from utils.distributed import Distributed
+from utils.files import sha256_of_code
 from utils.training.data_source import choose_source
 from utils.weights.checkpoint import newest_model_file
 
@@ -54,11 +58,11 @@ def read_flags(
 ) -> tuple[Namespace, str]:
     """Settings: flags over the preset over the constants. Also returns why the preset was chosen.
 
-    `preset_for` names the preset for each pair of device ("CUDA", "no CUDA") and data ("shards", "a text",
-    "characters").
+    `typed` of the settings holds the names of those on the command line. `preset_for` names the preset for
+    each pair of device ("CUDA", "no CUDA") and data ("shards", "a text", "characters").
     """
     defaults, given = flags.parser.parse_defaults_and_given(argv)
-    reason = "--preset"
+    typed, reason = sorted(given), "--preset"
     if "preset" not in given:
         on_cuda = torch.cuda.is_available() and given.get("device", "auto").startswith(("auto", "cuda"))
         has_shards = choose_source(given.get("data")).kind == "shards"
@@ -67,7 +71,7 @@ def read_flags(
         given["preset"], reason = preset_for[chosen_by], ", ".join(chosen_by)
     preset = presets[given["preset"]]
     assert preset.keys() <= defaults.keys(), f"preset {given['preset']} sets a flag that does not exist"
-    args = Namespace(**{**defaults, **preset, **given})
+    args = Namespace(**{**defaults, **preset, **given}, typed=typed)
     if args.eval_only:
         args.init_from = args.init_from or newest_model_file(args.log_dir)
         if args.init_from is None:
@@ -80,6 +84,65 @@ def read_flags(
     if "min_lr" not in given:
         args.min_lr = min(args.min_lr, args.max_lr / 10)
     return args, reason
+
+
+def settings_of(args: Namespace) -> dict[str, Any]:
+    """All flags as plain values, for files and comparisons."""
+    values = {name: value for name, value in vars(args).items() if name != "typed"}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+# Flags that mean nothing together with others: (why, condition, names).
+EVALUATION_FLAGS = (
+    *("eval_only", "init_from", "data", "tokenizer", "seq_len", "micro_batch", "val_tokens"),
+    *("device", "dtype", "log_dir", "dist_timeout", "preset"),
+)
+UNUSED: tuple[tuple[str, Callable[[Namespace], bool], tuple[str, ...]], ...] = (
+    ("with --val-every 0", lambda args: not args.val_every and not args.eval_only, ("val_tokens",)),
+    ("with --sample-every 0", lambda args: not args.sample_every, ("sample_prompt",)),
+    (
+        "with --hellaswag-every 0",
+        lambda args: not args.hellaswag_every,
+        ("hellaswag_examples", "hellaswag_dir"),
+    ),
+    ("without --dry-run", lambda args: not args.dry_run, ("cost_per_hour",)),
+)
+
+
+def warn_of_unused(args: Namespace) -> None:
+    """Warns of flags on the command line that this run does not use."""
+    unused = {name: why for why, holds, names in UNUSED if holds(args) for name in names}
+    if args.eval_only:
+        others = settings_of(args).keys() - set(EVALUATION_FLAGS)
+        unused.update(dict.fromkeys(sorted(others), "with --eval-only"))
+    found = [f"{flag_of(name)} ({unused[name]})" for name in args.typed if name in unused]
+    if found:
+        warn(f"not used: {', '.join(found)}")
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_ranks_agree(args: Namespace, dist: Distributed) -> None:
+    """Raises UserError, with flags, ranks and values, unless all ranks run the same code and settings."""
+    own = ("device", "log_dir", "hellaswag_dir", "data")  # may differ: the content of the data is compared
+    settings = {flag_of(name): value for name, value in settings_of(args).items() if name not in own}
+    settings.update({"torch's version": torch.__version__, "the code's SHA-256": sha256_of_code()[:12]})
+    dist.check_equal(settings, "start every rank with the same command, code and version of torch")
+
+
+def check_typed(args: Namespace, found: dict[str, Any], source: str) -> None:
+    """Raises UserError if a flag on the command line contradicts the model that is loaded from `source`."""
+    wrong = [
+        f"{flag_of(name)} {getattr(args, name)} (found {value})"
+        for name, value in found.items()
+        if name in args.typed and getattr(args, name) != value
+    ]
+    if wrong:
+        what = f"{source} contradicts {', '.join(wrong)}"
+        raise UserError(what, "leave these flags out: a loaded model has its own sizes and tokenizer")
 
 
 def int_or_auto(text: str) -> int | str:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.command_line import UserError
+from utils.console import warn
 from utils.distributed import Distributed
-from utils.files import locked, remove_temporary_files
+from utils.files import locked, move, remove_temporary_files
+from utils.text_files import quoted
 from utils.weights.checkpoint import step_of
 
 LOGS = ("log.txt", "metrics.jsonl", "samples.txt")  # a resumed run cuts these back to its checkpoint
@@ -22,6 +24,15 @@ RUN_FILES = (
 )
 
 
+def check_entries(log_dir: Path) -> None:
+    """Raises UserError if something else stands where a run writes its files: writing could block."""
+    for path in (log_dir / ".lock", log_dir / ".lock-holder", *(log_dir / name for name in LOGS)):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is not a regular file", "move it away, or give another --log-dir")
+    if (archive := log_dir / "archive").exists() and not archive.is_dir():
+        raise UserError(f"{archive} is not a folder", "move it away, or give another --log-dir")
+
+
 @contextlib.contextmanager
 def locked_log_dir(log_dir: Path) -> Iterator[None]:
     """Creates and locks the directory. Raises UserError if another run uses it or it cannot be written."""
@@ -29,6 +40,7 @@ def locked_log_dir(log_dir: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             log_dir.mkdir(parents=True, exist_ok=True)
+            check_entries(log_dir)
             stack.enter_context(locked(log_dir / ".lock"))
             for name in remove_temporary_files(log_dir):  # first: they may be what fills the disk
                 print(f"removed {name}: an earlier run was stopped while writing it")
@@ -75,9 +87,27 @@ def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | N
         archive = log_dir / "archive" / f"{started}_{count}"
     archive.mkdir(parents=True)
     for path in sorted(files, key=lambda path: (path.suffix != ".pt", path.name)):
-        os.replace(path, archive / path.name)
+        move(path, archive / path.name)
     print(f"moved {len(files)} file(s) of an earlier run to {archive}")
     return archive
+
+
+def check_not_moved(log_dir: Path, init_from: str) -> None:
+    """Raises UserError if an earlier start with the same --init-from has moved that file to the archive.
+
+    The name then means nothing, or a checkpoint of the fine-tuned model.
+    """
+    path, settings = Path(init_from), {}
+    with (
+        contextlib.suppress(OSError, ValueError, LookupError, TypeError),
+        open(log_dir / LOGS[1], "rb") as file,
+    ):
+        settings = dict(json.loads(file.readline())["settings"])
+    if settings.get("init_from") == init_from and path.resolve().parent == log_dir.resolve():
+        archived = sorted(log_dir.glob(f"archive/*/{path.name}"), key=lambda found: found.stat().st_mtime)
+        where = f"--init-from {quoted(archived[0])}" if archived else "name another checkpoint"
+        what = f"{path} is not the file that this fine-tuning started from: that one was moved to the archive"
+        raise UserError(what, f"{where}, or continue with --resume")
 
 
 def log_sizes(log_dir: Path) -> dict[str, int]:
@@ -91,7 +121,7 @@ def cut_logs_back(log_dir: Path, sizes: dict[str, int]) -> None:
         path, size = log_dir / name, sizes.get(name, 0)
         found = path.stat().st_size if path.exists() else 0
         if found < size:
-            print(f"warning: {path} has {found:,} bytes and had {size:,} at the checkpoint: lines are lost")
+            warn(f"{path} has {found:,} bytes and had {size:,} at the checkpoint: lines are lost")
             size = path.read_bytes().rfind(b"\n") + 1 if found else 0  # keep whole lines only
         if found > size:
             with open(path, "r+b") as file, open(path.with_name(f"{name}.stale"), "ab") as stale:

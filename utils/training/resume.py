@@ -4,7 +4,6 @@ A resumed run is bitwise equal to an uninterrupted one on the same machine, PyTo
 and of threads, in eager mode; on CUDA with --deterministic.
 """
 
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,10 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from utils.command_line import UserError, format_bytes
+from utils.console import warn
 from utils.distributed import Distributed, restart_count
+from utils.files import free_bytes
 from utils.runtime import device_name
 from utils.training.data_source import Data
-from utils.training.log_directory import archive_run, cut_logs_back, log_sizes
+from utils.training.flags import settings_of
+from utils.training.log_directory import archive_run, check_not_moved, cut_logs_back, log_sizes
 from utils.training.run_log import RunLog
 from utils.training.state import TrainState
 from utils.weights.checkpoint import (
@@ -61,9 +63,10 @@ def identity_of(
     """The identity of this run; `dtype` and `compiled` are what is in use, because "auto" may change."""
     environment = dict(versions(), world_size=dist.world_size, threads=torch.get_num_threads())
     environment.update(device=device_name(dist.device), computes_in=str(dtype), compiled=compiled)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     fingerprints = [data.train.fingerprint(), data.val.fingerprint()]
-    return Identity(vars(model.config).copy(), settings, data.tokenizer.state(), fingerprints, environment)
+    return Identity(
+        vars(model.config).copy(), settings_of(args), data.tokenizer.state(), fingerprints, environment
+    )
 
 
 def save_checkpoint(
@@ -84,6 +87,9 @@ def save_checkpoint(
         step, val_loss = content["step"], content.pop("val_loss")
         model = model_content(state.model, identity.config, step, val_loss, identity.tokenizer)
         try:
+            if not args.log_dir.is_dir():
+                log.warn(f"{args.log_dir} was removed or renamed during the run; creating it again")
+                args.log_dir.mkdir(parents=True)
             state.newest_checkpoint = save_pair(args.log_dir, step, model, content)
             state.saved = state.moment()
             log.say(f"checkpoint: {state.newest_checkpoint}")
@@ -94,42 +100,48 @@ def save_checkpoint(
             if "unexpected pos" in reason:  # torch.save reports a full disk as a position in the stream
                 reason = "the file could not be written completely"
             need = format_bytes(sum(pair_bytes(state.model.num_parameters())))
-            space = f"free {format_bytes(shutil.disk_usage(args.log_dir).free)}, need {need}"
+            space = f"free {format_bytes(free_bytes(args.log_dir))}, need {need}"
             kept = state.newest_checkpoint or "nothing so far"
-            log.say(f"warning: could not {failed}: {reason} ({space}); keeping {kept}")
+            log.warn(f"could not {failed}: {reason} ({space}); keeping {kept}")
     dist.barrier()
     state.saved = dist.broadcast(state.saved)
     return state.saved == state.moment()
 
 
 def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str]) -> Checkpoint | None:
-    """Reads the checkpoint that --resume asks for; None for a fresh start, and on ranks other than 0.
+    """Reads the checkpoint that --resume asks for; None for a fresh start.
 
-    After a restart by torchrun, which repeats the original command, the newest one takes precedence.
-    Where `--micro-batch` or `--compile` are automatic, what the resumed run used is used again. Raises
-    UserError if the checkpoint is missing or damaged.
+    Its tensors stay on rank 0: they are too large to be broadcast as objects. After a restart by torchrun,
+    which repeats the original command, the newest checkpoint takes precedence. Where `--micro-batch` or
+    `--compile` are automatic, what the resumed run used is used again. Raises UserError if the checkpoint is
+    missing or damaged.
     """
     # A machine whose own workers did not fail has not counted the restart.
     if dist.max_number(restart_count()) and (args.resume is None or model_files(args.log_dir)):
         args.resume = "newest"
-    found: list[Checkpoint | None] = [None]  # stays on rank 0: too large to be broadcast as an object
+    found: list[Checkpoint | None] = [None]
 
-    def read() -> None:
+    def read() -> Checkpoint | None:
         if args.resume == "newest":
             found[0] = newest_complete(args.log_dir)
         elif args.resume is not None:
             found[0] = load_pair(Path(args.resume))
+        return found[0] and found[0].without_tensors()
 
-    dist.on_master(read)
-    saved = found[0].state if found[0] else {"train_args": {}, "environment": {}}
-    used = {**saved["environment"], "micro_batch": saved["train_args"].get("micro_batch")}
-    used["same_device"] = used.get("device") == device_name(dist.device)
-    used = dist.broadcast(used)  # rank 0's: ranks that decided differently would wait for each other
-    if args.micro_batch == "auto" and used["micro_batch"]:
-        args.micro_batch, reasons["micro-batch"] = used["micro_batch"], "that of the checkpoint"
-    if args.compile == "auto" and not args.deterministic and "compiled" in used and used["same_device"]:
+    outline = dist.on_master(read)  # rank 0's: ranks that decided differently would wait for each other
+    if outline is None:
+        if args.init_from:
+            dist.on_master(lambda: check_not_moved(args.log_dir, args.init_from))
+        return None
+    settings, used = outline.state["train_args"], outline.state["environment"]
+    if args.micro_batch == "auto" and settings.get("micro_batch"):
+        args.micro_batch, reasons["micro-batch"] = settings["micro_batch"], "that of the checkpoint"
+    same_device = dist.max_number(used.get("device") != device_name(dist.device)) == 0
+    if args.compile == "auto" and not args.deterministic and "compiled" in used and same_device:
         args.compile, reasons["compile"] = "on" if used["compiled"] else "off", "as in the resumed run"
-    return found[0]
+    if args.init_from and args.init_from != settings.get("init_from") and dist.is_master:
+        warn(f"--init-from {args.init_from} is not read: the weights are those of {outline.path}")
+    return found[0] or outline
 
 
 def start_or_resume(
@@ -145,7 +157,8 @@ def start_or_resume(
             archive_run(args.log_dir)
             return ["nothing to resume in the log directory: a fresh start"] if args.resume else []
         path, step = checkpoint.path, checkpoint.state["step"]
-        lines = check_same_run(identity, checkpoint)
+        for warning in check_same_run(identity, checkpoint):
+            warn(warning)
         if path.resolve().parent == args.log_dir.resolve():
             archive_run(args.log_dir, checkpoints_after=step)
             cut_logs_back(args.log_dir, checkpoint.state["log"])
@@ -153,7 +166,7 @@ def start_or_resume(
         else:
             archive_run(args.log_dir)
         state.newest_checkpoint = path
-        return [*lines, f"resumed {path} at step {step}"]
+        return [f"resumed {path} at step {step}"]
 
     lines = dist.on_master(prepare)
     # From rank 0 to every rank: nodes need no shared disk.
@@ -193,13 +206,13 @@ def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
     warnings = []
     if changed:
         changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
-        warnings.append(f"warning: settings have changed: {changes}; continuing with the new values")
+        warnings.append(f"settings have changed: {changes}; continuing with the new values")
     before, now = saved["environment"], identity.environment
     if other := [
         f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]
     ]:
         changes = ", ".join(other).replace("_", " ")
-        warnings.append(f"warning: {changes}: continuing, results equal to rounding only")
+        warnings.append(f"{changes}: continuing, results equal to rounding only")
     return warnings
 
 

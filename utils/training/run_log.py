@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from utils.command_line import format_duration, perplexity
+from utils.console import lost_streams, printable
+from utils.text_files import quoted
 from utils.training.log_directory import LOGS, RUN_FILES
 from utils.training.report import plot_run, write_report
 
@@ -58,14 +60,20 @@ class RunLog:
             with suppress(OSError):  # the failed write has been reported
                 file.close()
 
-    def say(self, line: str) -> None:
-        """Prints a line, above the progress bar where there is one."""
+    def say(self, line: str, *, stream: str = "stdout") -> None:
+        """Prints a line, above the progress bar where there is one; `stream` is an attribute of sys."""
         if not self.is_master:
             return
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
+        write = print if self.bar is None else self.bar.write
+        write(printable(line), file=getattr(sys, stream))
+        getattr(sys, stream).flush()
+        if lost_streams and "console" not in self.failures:
+            self.failures.add("console")
+            self.add_record("console", lost=dict(lost_streams))  # the files are now the only place to look
+
+    def warn(self, text: str) -> None:
+        """Prints a warning on standard error."""
+        self.say(f"warning: {text}", stream="stderr")
 
     def log_start(self, record: dict[str, Any], *, tensorboard: bool, wandb: bool) -> None:
         """Records settings and environment, and opens the mirrors that are asked for."""
@@ -125,12 +133,21 @@ class RunLog:
         if self.is_master:
             self._try("no report.md", write_report, self.log_dir)
 
+    def lost_files(self) -> list[str]:
+        """The logs that are no longer in the log directory: it was removed or renamed during the run."""
+        lost = []
+        for name, file in self.files.items():
+            path = self.log_dir / name
+            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                lost.append(name)
+        return lost
+
     def say_what_was_written(self, model: Path | None, prompt: str) -> None:
         """Prints what is in the log directory, and a command that samples from the model."""
         if self.is_master:
             written = (pattern for pattern in RUN_FILES if any(self.log_dir.glob(pattern)))
             self.say(f"in {self.log_dir}/: {', '.join(written)}")
-            self.say(f'sample from it: python generate.py -m {model} -p "{prompt}"')
+            self.say(f"sample from it: python generate.py -m {quoted(model)} -p {quoted(prompt)}")
 
     def sync(self) -> None:
         """Flushes the files to the disk, before a checkpoint that records their sizes."""
@@ -168,7 +185,7 @@ class RunLog:
                 self.failures.add(failure)
                 reason = getattr(error, "strerror", None) or str(error).strip().split("\n")[0]
                 reason = reason or type(error).__name__
-                self.say(f"warning: {failure}: {reason}; continuing without it")
+                self.warn(f"{failure}: {reason}; continuing without it")
             return False
 
 

@@ -2,14 +2,15 @@
 
 import os
 import signal
-import time
+from contextlib import ExitStack
 
+from utils.console import watched_signals
 from utils.distributed import Distributed, launched_by_torchrun
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells count
-if hasattr(signal, "SIGUSR1"):  # sent by batch systems before the time limit; not on Windows
-    EXIT_CODES[signal.SIGUSR1] = 143
-SECOND_SIGINT_SECONDS = 1.0  # a launcher may deliver one Ctrl-C twice within a second
+for name in ("SIGHUP", "SIGUSR1"):  # a closed terminal; a batch system before its time limit; not on Windows
+    if hasattr(signal, name):
+        EXIT_CODES[getattr(signal, name)] = 143
 
 
 class Stopped(Exception):
@@ -22,27 +23,41 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Catches SIGTERM, SIGINT and SIGUSR1 inside its `with` block; the ranks of `dist` must agree to stop."""
+    """Catches the signals of EXIT_CODES inside its `with` block; the ranks of `dist` must agree to stop.
+
+    As long as there is nothing to save, until `defer`, a signal ends the process at once. One that was
+    ignored when the process started, as SIGHUP is under nohup, remains ignored.
+    """
 
     def __init__(self, dist: Distributed):
         self.dist, self.parent = dist, os.getppid()
-        self.received, self.received_at = 0, 0.0  # the number of the signal, and when it came
+        self.received = 0  # the number of the first signal
+        self.deferred = False
 
     def __enter__(self) -> "StopSignals":
-        self.earlier = {number: signal.signal(number, self._remember) for number in EXIT_CODES}
+        with ExitStack() as stack:
+            for number in EXIT_CODES:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    stack.callback(signal.signal, number, signal.signal(number, self._remember))
+            stack.enter_context(watched_signals(self._end_if_nothing_to_save))
+            self._restore = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self.earlier.items():
-            signal.signal(number, handler)
+        self._restore.close()
+
+    def defer(self) -> None:
+        """From here on, signals wait for `poll`: there will be something to save."""
+        self.deferred = True
 
     def _remember(self, number: int, frame: object) -> None:
-        waited = time.monotonic() - self.received_at
-        is_second = number == signal.SIGINT == self.received and waited > SECOND_SIGINT_SECONDS
-        if is_second and not launched_by_torchrun():
-            os._exit(EXIT_CODES[signal.SIGINT])  # the second Ctrl-C: stop at once, without saving
-        if not self.received:
-            self.received, self.received_at = number, time.monotonic()
+        self.received = self.received or number
+
+    def _end_if_nothing_to_save(self, number: int) -> None:
+        if not self.deferred and number in EXIT_CODES:
+            name = signal.Signals(number).name
+            os.write(2, f"received {name} before the first step: nothing to save\n".encode())
+            os._exit(EXIT_CODES[number])
 
     def poll(self) -> None:
         """Raises Stopped on all ranks if one was signalled or orphaned; all must call it equally often."""

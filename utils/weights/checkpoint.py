@@ -34,6 +34,12 @@ class Checkpoint(NamedTuple):
     model: dict[str, Any]  # its content, see `load_model_file`
     state: dict[str, Any]  # content of the optimizer file
 
+    def without_tensors(self) -> "Checkpoint":
+        """Path, configuration, tokenizer, settings and environment: what decides how a run is built."""
+        model = {name: self.model[name] for name in ("config", "tokenizer")}
+        state = {name: self.state[name] for name in ("train_args", "environment")}
+        return Checkpoint(self.path, model, state)
+
 
 def model_path(log_dir: Path, step: int) -> Path:
     """The model file of a checkpoint after `step` updates."""

@@ -1,0 +1,149 @@
+"""A script's terminal: streams that vanish, Ctrl-C at any moment, control characters."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import OFFLINE, ROOT
+from utils.console import CONTROLS, printable, warn
+
+# A script that prints more than any buffer holds, and then finishes its work: a file.
+SCRIPT = """
+import sys
+from utils.console import begin_script, lost_streams
+begin_script()
+from utils.command_line import UserError, run_script
+def main():
+    for number in range(20000):
+        print("line", number)
+        print("progress", number, file=sys.stderr)
+    with open("work.txt", "w") as file:
+        file.write(f"{file.fileno()} {sorted(lost_streams)}")
+    if "fail" in sys.argv:
+        raise UserError("wrong", "right")
+sys.exit(run_script(main, result_is_stdout="result" in sys.argv))
+"""
+
+
+def run_with(folder: Path, stdout: str, stderr: str, *arguments: str) -> tuple[int, str, str]:
+    """Runs SCRIPT with streams of the kinds "pipe", "closed", "full" or "broken" (a pipe without a reader).
+
+    Returns the exit code, what the script wrote into its file, and what was printed to stderr.
+    """
+    reader, broken = os.pipe()
+    os.close(reader)
+    closing = [f"{number}>&-" for number, kind in ((1, stdout), (2, stderr)) if kind == "closed"]
+    command = [
+        "bash",
+        "-c",
+        f'exec "$@" {" ".join(closing)}',
+        "bash",
+        sys.executable,
+        "-c",
+        SCRIPT,
+        *arguments,
+    ]
+    with open("/dev/full", "w") as full:
+        kinds = {"pipe": subprocess.PIPE, "closed": subprocess.PIPE, "full": full, "broken": broken}
+        streams = dict(stdout=kinds[stdout], stderr=kinds[stderr], text=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.run(command, cwd=folder, env=environment, **streams)
+    os.close(broken)
+    work = folder / "work.txt"
+    return process.returncode, work.read_text() if work.exists() else "", process.stderr or ""
+
+
+@pytest.mark.parametrize(
+    ("stdout", "stderr", "lost"),
+    [
+        ("broken", "pipe", ["stdout"]),
+        ("full", "pipe", ["stdout"]),
+        ("pipe", "broken", ["stderr"]),
+        ("full", "full", ["stderr", "stdout"]),
+        ("closed", "closed", ["stderr", "stdout"]),
+    ],
+)
+def test_a_stream_that_cannot_be_written_ends_nothing(stdout, stderr, lost, tmp_path):
+    """The work is finished, exit code 0; the loss is known; no file takes the place of a closed stream."""
+    code, work, error = run_with(tmp_path, stdout, stderr)
+    descriptor, _, names = work.partition(" ")
+    assert code == 0 and names == str(lost) and int(descriptor) > 2
+    assert "Traceback" not in error and "Exception ignored" not in error
+
+
+@pytest.mark.parametrize("stream", ["closed", "full", "broken"])
+def test_an_error_of_the_user_keeps_its_exit_code(stream, tmp_path):
+    """Even if nobody can read the message."""
+    assert run_with(tmp_path, "pipe", stream, "fail")[0] == 2
+
+
+def test_a_script_whose_result_nobody_reads_ends(tmp_path):
+    """Quietly where the reader has closed the pipe, with exit code 1 and two lines where the disk is full."""
+    assert run_with(tmp_path, "broken", "pipe", "result")[:2] == (0, "")
+    code, work, error = run_with(tmp_path, "full", "pipe", "result")
+    assert (code, work) == (1, "")
+    assert "error: cannot write standard output: No space left on device\nhint: " in error
+
+
+def interrupted(arguments: list[str | Path], delay: float) -> tuple[int, str]:
+    """Exit code and output of a script that receives Ctrl-C `delay` seconds after its start."""
+    command = [sys.executable, *map(str, arguments)]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env={**os.environ, **OFFLINE}, cwd=ROOT, **streams)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    return process.wait(timeout=30), process.stdout.read()
+
+
+@pytest.mark.parametrize("script", ["train_gpt.py", "generate.py", "eval_hellaswag.py"])
+def test_ctrl_c_during_the_imports_ends_without_a_traceback(script):
+    """With 130, which tells a loop around the script not to start it again."""
+    code, output = interrupted([script, "--help"], 0.4)  # importing torch takes a second
+    assert (code, output) == (130, "")
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    """As a shell starts jobs in the background."""
+    code = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += f"os.execv({sys.executable!r}, [{sys.executable!r}, 'generate.py', '--help'])"
+    code, output = interrupted(["-c", code], 0.6)
+    assert code == 0 and output.startswith("usage: generate.py")
+
+
+def test_a_second_ctrl_c_ends_a_native_call(tmp_path):
+    """The first one waits for it, as Python's handlers do; the second one, a second later, does not."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import hashlib\n"
+        "from utils.command_line import run_script\n"
+        "run_script(lambda: [print('ready', flush=True), hashlib.pbkdf2_hmac('sha256', b'', b'', 10**8)])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("title \x1b]0;owned\x07", "title \\x1b]0;owned\\x07"),
+        ("\x9b31m red\x7f", "\\x9b31m red\\x7f"),
+        ("a\rb\u202ec", "a\\rb\\u202ec"),
+        ("naïve 日本\u3000\u00a0👩\u200d💻\n\tend", "naïve 日本\u3000\u00a0👩\u200d💻\n\tend"),
+    ],
+)
+def test_a_terminal_receives_no_control_characters(text, shown, capsys):
+    """They are shown as escapes; letters, emoji and spaces of every language stay as they are."""
+    assert printable(text) == shown and not CONTROLS.search(shown)
+    warn(text)
+    assert capsys.readouterr() == ("", f"warning: {shown}\n")
