@@ -64,7 +64,15 @@ from utils.training.micro_batch import (
     time_micro_batch,
     warm_up,
 )
-from utils.training.resume import Identity, find_checkpoint, identity_of, save_checkpoint, start_or_resume
+from utils.training.resume import (
+    Identity,
+    find_checkpoint,
+    identity_of,
+    save_best,
+    save_checkpoint,
+    start_or_resume,
+    why_it_ended,
+)
 from utils.training.run_log import RunLog, Speedometer
 from utils.training.signals import Stopped, StopSignals
 from utils.training.state import TrainState
@@ -110,6 +118,7 @@ HELLASWAG_DIR = flag("--hellaswag-dir", None, Path, "folder of its data; default
 SAMPLE_EVERY = flag("--sample-every", 250, non_negative_int, "steps between samples")
 SAMPLE_PROMPT = flag("--sample-prompt", "Hello, I'm a language model,", str, "prompt of the samples")
 SAMPLE_TOKENS, NUM_SAMPLES = 32, 4  # per sample; samples each time
+PATIENCE = flag("--patience", 0, non_negative_int, "stop after N validations without a new best; 0: never")
 flag("--eval-only", False, bool, "print the val loss of --init-from or of the newest checkpoint, and stop")
 
 flag.group("running")
@@ -118,6 +127,7 @@ flag("--resume", None, str, "continue from the newest checkpoint, or this one", 
 CHECKPOINT_EVERY = flag("--checkpoint-every", 1000, non_negative_int, "steps between saves; 0: the last only")
 KEEP_CHECKPOINTS = flag("--keep-checkpoints", 2, positive_int, "newest checkpoints to keep for resuming")
 KEEP_EVERY = flag("--keep-every", 5000, non_negative_int, "also keep models of every N-th step; 0: last only")
+MAX_HOURS = flag("--max-hours", None, positive_float, "save and stop after so many hours; default: never")
 DEVICE = flag("--device", "auto", str, "auto, cpu, cuda, cuda:N or mps")
 DTYPE = flag("--dtype", "auto", ("auto", *runtime.DTYPES), "dtype of matmuls")
 COMPILE = flag("--compile", "auto", "on", "use torch.compile; auto: where it pays")
@@ -307,15 +317,17 @@ def train(run: Run, log: RunLog) -> None:
     peak = runtime.peak_flops(dist.device, dist.world_size)
     speedometer = Speedometer(args.total_batch_tokens, args.max_steps, flops, peak)
     while True:  # pass `step` evaluates the weights after `step` updates, then makes the next one
-        last = progress.step == args.max_steps
+        last = progress.ends(args)
         # Evaluations use the raw module, which shares the weights: no recompilation, no DDP hooks. `done`
         # goes into the checkpoint, so a run that is stopped in between repeats none and omits none.
         if progress.is_due("val", args.val_every, last=last):
             loss = evaluate(state.model, run.val_loader, args.val_tokens, dist, run.dtype, poll)
             stop_on_non_finite_val_loss(loss, progress.step, state.newest_checkpoint)  # before it is logged
             log.log_validation(progress.step, loss, progress.windows * args.seq_len, progress.seconds)
-            progress.val_loss = loss
+            if progress.note_val_loss(loss):
+                save_best(state, run.identity, args, log, dist)
             progress.done.append("val")
+            last = progress.ends(args)  # also when there is no new best for too long
         if run.hellaswag and progress.is_due("hella", args.hellaswag_every, last=last):
             result = evaluate_hellaswag(state.model, run.hellaswag, dist, run.dtype, poll=poll)
             log.log_hellaswag(progress.step, result.num_correct_norm, result.num_total)
@@ -456,13 +468,13 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
             train(run, log)
         except Stopped as stop:
             if state.progress.step == 0:
-                log.say(f"received {stop.name} before the first update: nothing to save")
+                log.say(f"{stop} before the first update: nothing to save")
                 return stop.exit_code
             if not save_checkpoint(state, run.identity, args, log, dist):
                 hint = "make room on the disk; --resume continues from the checkpoint before"
-                raise Unfinished(f"received {stop.name}, but could not save", hint) from stop
+                raise Unfinished(f"{stop}, but could not save", hint) from stop
             where = f"saved {args.log_dir} at step {state.progress.step}"
-            log.say(f"received {stop.name}: {where}; run it again with --resume to continue")
+            log.say(f"{stop}: {where}; run it again with --resume to continue")
             return stop.exit_code
         except Exception as error:
             # The other ranks fail after this one: the message must say which failed first, and where.
@@ -476,6 +488,8 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
         memory = runtime.peak_memory_bytes(dist.device) / 1e9
         log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
         log.say_what_was_written(state.newest_checkpoint, args.sample_prompt)
+        if state.progress.step < args.max_steps:
+            log.say(why_it_ended(state.progress, args))
     return 0
 
 
@@ -515,7 +529,7 @@ def main(argv: list[str] | None = None) -> int:
             run = set_up(args, dist, StopSignals(dist), reasons, checkpoint)
             return dry_run(run.plan, run.state, run.dtype)
         # Signals are caught, and the log directory is locked, before anything is read or changed.
-        with StopSignals(dist) as stop, reserved(args.log_dir, dist):
+        with StopSignals(dist, args.max_hours) as stop, reserved(args.log_dir, dist):
             checkpoint = find_checkpoint(args, dist, reasons)
             run = set_up(args, dist, stop, reasons, checkpoint)
             lines = start_or_resume(run.state, run.identity, checkpoint, args, dist)
@@ -524,6 +538,8 @@ def main(argv: list[str] | None = None) -> int:
                 if dist.is_master:
                     step, model = run.state.progress.step, run.state.newest_checkpoint
                     print(f"already complete: step {step} of {args.max_steps}, the model is {model}")
+                    if step < args.max_steps:
+                        print(why_it_ended(run.state.progress, args))
                 return 0
             return run_to_the_end(run, lines)
 

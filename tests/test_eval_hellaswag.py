@@ -344,7 +344,7 @@ def test_two_ranks_count_what_one_rank_counts(tmp_path):
     for rank in (0, 1):
         assert (tmp_path / f"rank{rank}").read_text() == repr((tuple(alone), 4, []))
     assert process.stdout.count("7 val examples") == 1
-    assert process.stdout.count("warning: HellaSwag is off: cannot download") == 1
+    assert process.stderr.count("warning: HellaSwag is off: cannot download") == 1
 
 
 def test_examples_for_training_are_the_first_of_the_file(monkeypatch):
@@ -366,7 +366,7 @@ def test_training_continues_without_hellaswag_after_one_warning(tmp_path, monkey
         ("character tokenizer", FIXTURES, CharTokenizer("abc"), 64),
     ):
         assert examples_for_training(directory, None, tokenizer, block_size, ALONE) == []
-        output = capsys.readouterr().out
+        output = capsys.readouterr().err
         assert output.count("warning: HellaSwag is off: ") == 1 and reason in output
 
 

@@ -73,7 +73,8 @@ def test_a_run_writes_plot_samples_and_checkpoints(finished_run):
     process, log_dir, _ = finished_run
     assert (log_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (log_dir / "samples.txt").read_text().count("--- step 15, sample") == train_gpt.NUM_SAMPLES
-    names = sorted(p.name for p in log_dir.glob("*.pt"))
+    names = sorted(p.name for p in log_dir.glob("*_0*.pt"))
+    assert (log_dir / "model_best.pt").exists()
     assert names == ["model_00020.pt", "model_00030.pt", "optimizer_00020.pt", "optimizer_00030.pt"]
     last = process.stdout.strip().splitlines()[-1]
     assert last.startswith("sample from it: python generate.py -m ") and "model_00030.pt" in last
@@ -180,7 +181,7 @@ def test_without_hellaswag_training_continues(tokenizer, text_file, tmp_path, ca
     flags += ("--hellaswag-dir", str(tmp_path / "none"))
     log_dir = tmp_path / "log"
     assert train_gpt.main(small_args(text_file, log_dir, *flags)) == 0
-    assert capsys.readouterr().out.count("warning: HellaSwag is off") == 1
+    assert capsys.readouterr().err.count("warning: HellaSwag is off") == 1
     assert "hella" not in (log_dir / "log.txt").read_text()
 
 

@@ -133,7 +133,7 @@ def test_a_rank_that_dies_ends_the_job(fault, short_text, tmp_path):
     assert time.monotonic() - started < 45
     if fault == "raise":
         assert "injected fault" in output and "rank 1 failed at step 7:" in output
-    assert sorted(path.name for path in tmp_path.glob("model_*")) == ["model_00003.pt", "model_00006.pt"]
+    assert sorted(path.name for path in tmp_path.glob("model_0*")) == ["model_00003.pt", "model_00006.pt"]
     assert tensors_of(tmp_path / "model_00006.pt")
     assert not list(tmp_path.glob(".*.tmp-*"))
 
@@ -152,7 +152,7 @@ def test_a_non_finite_loss_on_one_rank_stops_all_ranks(short_text, tmp_path):
     assert output.count("error: non-finite loss at step 7 (rank 1, micro-step 0, ") == 1, output
     assert "text.txt position " in output
     assert "Traceback (most recent call last):\n  File" not in output.split("error: ")[0]
-    assert sorted(path.name for path in tmp_path.glob("model_*")) == ["model_00003.pt", "model_00006.pt"]
+    assert sorted(path.name for path in tmp_path.glob("model_0*")) == ["model_00003.pt", "model_00006.pt"]
 
 
 @pytest.mark.slow
@@ -250,7 +250,7 @@ def test_workers_stop_when_their_launcher_is_killed(short_text, tmp_path):
     else:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError("a worker is still running")
-    saved = max(int(path.stem[6:]) for path in tmp_path.glob("model_*.pt"))
+    saved = max(int(path.stem[6:]) for path in tmp_path.glob("model_0*.pt"))
     assert (tmp_path / f"optimizer_{saved:05d}.pt").exists()
 
 

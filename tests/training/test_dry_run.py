@@ -80,24 +80,26 @@ def test_the_speed_on_a_known_gpu_is_a_share_of_its_peak(tmp_path, monkeypatch):
     ],
 )
 def test_checkpoints_are_counted_as_they_are_kept(changes, models, optimizers, tmp_path):
-    """The models and optimizer files that a finished run leaves, and one pair more during a save."""
+    """The models, the best one and the optimizer files of a finished run, and one pair more during a save."""
     plan = plan_of(tmp_path, **changes)
     line, _ = plan.checkpoints()
     assert f"; {models} models and {optimizers} optimizers stay, " in line
-    most = 4 * plan.model.num_parameters() * (models + 1) + 8 * plan.model.num_parameters() * (optimizers + 1)
-    assert f"at most {format_bytes(most)} at one time" in line
+    most = 4 * plan.model.num_parameters() * (models + 2) + 8 * plan.model.num_parameters() * (optimizers + 1)
+    assert f"at most {format_bytes(most)} at one time with model_best.pt; " in line
 
 
 def test_the_count_of_checkpoints_is_that_of_a_real_run(text_file, tmp_path, capsys):
     """A run leaves as many models and optimizer files as its dry run announces."""
-    flags = "--max-steps 20 --checkpoint-every 3 --keep-every 6 --val-every 0 --sample-every 0".split()
+    flags = "--max-steps 20 --checkpoint-every 3 --keep-every 6 --val-every 4 --sample-every 0".split()
     flags = small_args(text_file, tmp_path / "log", *flags)
     assert train_gpt.main([*flags, "--dry-run"]) == 0
     out = capsys.readouterr().out
     announced = re.search(r"(\d+) models and (\d+) optimizers stay", out).groups()
     assert train_gpt.main(flags) == 0
     found = tuple(len(list((tmp_path / "log").glob(f"{name}_*.pt"))) for name in ("model", "optimizer"))
-    assert tuple(map(int, announced)) == found == (4, 2)
+    best = int((tmp_path / "log" / "model_best.pt").exists())
+    assert best == 1 and "with model_best.pt" in out
+    assert tuple(map(int, announced)) == (found[0] - best, found[1]) == (4, 2)
 
 
 def test_too_little_disk_space_is_a_warning(tmp_path, monkeypatch):
@@ -115,7 +117,7 @@ def test_existing_checkpoints_of_a_resumed_run_need_no_more_space(tmp_path, monk
     """They are among those that will be kept, so the start of a resumed run does not warn."""
     plan = plan_of(tmp_path)
     pair = 12 * plan.model.num_parameters()  # weights and two moments
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: Namespace(free=2 * pair))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: Namespace(free=2 * pair + pair // 3))
     assert plan.space_warning().startswith("checkpoints: ")
     (tmp_path / "model_00060.pt").write_bytes(bytes(pair // 3))
     (tmp_path / "model_00030.pt").write_bytes(bytes(pair // 3))

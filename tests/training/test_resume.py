@@ -121,7 +121,8 @@ def test_resuming_from_an_older_checkpoint_archives_the_newer_ones(stopped_run, 
     older = str(stopped_run / "model_00006.pt")
     assert train(short_text, stopped_run, "--resume", older, "--max-steps", "20") == 0
     (archive,) = (stopped_run / "archive").iterdir()
-    assert sorted(path.name for path in archive.iterdir()) == ["model_00009.pt", "optimizer_00009.pt"]
+    names = ["model_00009.pt", "model_best.pt", "optimizer_00009.pt"]  # the best one is of step 8
+    assert sorted(path.name for path in archive.iterdir()) == names
     assert_same_run(stopped_run, undisturbed)
 
 

@@ -118,11 +118,11 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
 
 
 def test_a_run_keeps_the_newest_checkpoints_and_the_milestones(undisturbed):
-    """Two pairs to resume from, the models of multiples of --keep-every, and the last model."""
+    """Two pairs to resume from, the models of multiples of --keep-every, the last model, and the best one."""
     names = sorted(path.name for path in undisturbed.glob("*.pt"))
     assert names == [
         *("model_00006.pt", "model_00012.pt", "model_00018.pt", "model_00020.pt"),
-        *("optimizer_00018.pt", "optimizer_00020.pt"),
+        *("model_best.pt", "optimizer_00018.pt", "optimizer_00020.pt"),
     ]
 
 

@@ -86,7 +86,7 @@ def test_a_restored_state_continues_bitwise():
     whole.progress.val_loss, whole.progress.done = 3.5, ["val"]
     restored = state_with_two_optimizers(1)
     restored.load_state_dict(deepcopy(whole.state_dict()))
-    assert restored.progress == whole.progress == Progress(3, 12, 3.5, ["val"], 1.5)
+    assert restored.progress == whole.progress == Progress(3, 12, 3.5, done=["val"], seconds=1.5)
     assert restored.moment() == (3, ["val"])
     assert restored.spikes.state_dict() == whole.spikes.state_dict()
     assert make_updates(restored, 3, 6) == make_updates(whole, 3, 6)

@@ -67,11 +67,13 @@ class Plan:
         kept = checkpoints_to_keep(saved, args.keep_checkpoints, args.keep_every, args.max_steps)
         models, optimizers = map(len, kept)
         model_bytes, optimizer_bytes = pair_bytes(self.model.num_parameters())
-        need = (models + 1) * model_bytes + (optimizers + 1) * optimizer_bytes
+        best = 1 if args.val_every else 0  # model_best.pt; while it is written, no other file is
+        need = (models + best + 1) * model_bytes + (optimizers + 1) * optimizer_bytes
         free = free_bytes(args.log_dir)
         line = (
             f"checkpoints: model {format_bytes(model_bytes)} + optimizer {format_bytes(optimizer_bytes)}; "
-            f"{models} models and {optimizers} optimizers stay, at most {format_bytes(need)} at one time; "
+            f"{models} models and {optimizers} optimizers stay, at most {format_bytes(need)} at one time"
+            f"{' with model_best.pt' * best}; "
             f"free {format_bytes(free)}"
         )
         fits = need <= free + existing_bytes

@@ -14,7 +14,7 @@ from utils.console import warn
 from utils.distributed import Distributed
 from utils.files import locked, move, remove_temporary_files
 from utils.text_files import quoted
-from utils.weights.checkpoint import step_of
+from utils.weights.checkpoint import best_path, saved_step, step_of
 
 LOGS = ("log.txt", "metrics.jsonl", "samples.txt")  # a resumed run cuts these back to its checkpoint
 # Everything that a run writes, and a later run archives. Other files in the directory are left alone.
@@ -78,6 +78,9 @@ def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | N
     files = [path for pattern in RUN_FILES for path in log_dir.glob(pattern)]
     if checkpoints_after is not None:
         files = [path for path in files if path.suffix == ".pt" and step_of(path) > checkpoints_after]
+        files += (
+            [best] if (best := best_path(log_dir)).exists() and saved_step(best) > checkpoints_after else []
+        )
     if not files:
         return None
     started = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(min(path.stat().st_mtime for path in files)))

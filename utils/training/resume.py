@@ -5,6 +5,8 @@ and of threads, in eager mode; on CUDA with --deterministic.
 """
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,19 +17,22 @@ from utils.console import warn
 from utils.distributed import Distributed, restart_count
 from utils.files import free_bytes
 from utils.runtime import device_name
+from utils.text_files import quoted
 from utils.training.data_source import Data
 from utils.training.flags import settings_of
 from utils.training.log_directory import archive_run, check_not_moved, cut_logs_back, log_sizes
 from utils.training.run_log import RunLog
-from utils.training.state import TrainState
+from utils.training.state import Progress, TrainState
 from utils.weights.checkpoint import (
     Checkpoint,
+    best_path,
     load_pair,
     model_content,
     model_files,
     newest_complete,
     pair_bytes,
     prune,
+    save_model,
     save_pair,
     versions,
 )
@@ -42,8 +47,16 @@ BY_CONTENT = ("preset", "data", "tokenizer", "init_from", "n_layer", "n_head", "
 # These do not change what is trained: a change is not mentioned. Everything else warns.
 HARMLESS = (
     *("log_dir", "hellaswag_dir", "resume", "eval_only", "dry_run", "cost_per_hour", "dist_timeout"),
-    *("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
-    *("tensorboard", "wandb"),
+    *(
+        "patience",
+        "max_hours",
+        "val_every",
+        "hellaswag_every",
+        "sample_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ),
+    *("keep_every", "tensorboard", "wandb"),
 )
 
 
@@ -84,28 +97,60 @@ def save_checkpoint(
         content.update(tokenizer=identity.tokenizer, data=identity.data, environment=identity.environment)
         content.update(train_args=identity.settings, rng=rng, log=log_sizes(args.log_dir))
         del content["model"]  # it has a file of its own, which is what one shares
-        step, val_loss = content["step"], content.pop("val_loss")
-        model = model_content(state.model, identity.config, step, val_loss, identity.tokenizer)
-        try:
-            if not args.log_dir.is_dir():
-                log.warn(f"{args.log_dir} was removed or renamed during the run; creating it again")
-                args.log_dir.mkdir(parents=True)
+        step, model = content["step"], model_of(state, identity)
+        del content["val_loss"]  # in the model file
+        with failure_warned(f"save step {step}", state, args, log):
             state.newest_checkpoint = save_pair(args.log_dir, step, model, content)
             state.saved = state.moment()
             log.say(f"checkpoint: {state.newest_checkpoint}")
-            prune(args.log_dir, args.keep_checkpoints, args.keep_every, args.max_steps, state.resumed_from)
-        except (OSError, RuntimeError) as error:
-            failed = "remove old checkpoints" if state.saved == state.moment() else f"save step {step}"
-            reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-            if "unexpected pos" in reason:  # torch.save reports a full disk as a position in the stream
-                reason = "the file could not be written completely"
-            need = format_bytes(sum(pair_bytes(state.model.num_parameters())))
-            space = f"free {format_bytes(free_bytes(args.log_dir))}, need {need}"
-            kept = state.newest_checkpoint or "nothing so far"
-            log.warn(f"could not {failed}: {reason} ({space}); keeping {kept}")
+            with failure_warned("remove old checkpoints", state, args, log):
+                prune(
+                    args.log_dir, args.keep_checkpoints, args.keep_every, args.max_steps, state.resumed_from
+                )
     dist.barrier()
     state.saved = dist.broadcast(state.saved)
     return state.saved == state.moment()
+
+
+def save_best(state: TrainState, identity: Identity, args: Namespace, log: RunLog, dist: Distributed) -> None:
+    """Writes model_best.pt, the weights of the lowest val loss so far; a full disk does not end the run."""
+    if dist.is_master and state.progress.step > 0:  # the initial weights are no result of the run
+        with failure_warned("save model_best.pt", state, args, log):
+            save_model(best_path(args.log_dir), model_of(state, identity))
+    dist.barrier()
+
+
+def why_it_ended(progress: Progress, args: Namespace) -> str:
+    """What to say of a run that ended before its last update, because of `--patience`."""
+    file = best_path(args.log_dir) if progress.best_step else "the weights that it started from"
+    return (
+        f"ended by --patience {args.patience} at step {progress.step} of {args.max_steps}; "
+        f"best val loss {progress.best_loss:.4f} at step {progress.best_step}: {file}"
+    )
+
+
+def model_of(state: TrainState, identity: Identity) -> dict[str, Any]:
+    """The content of a model file."""
+    progress = state.progress
+    return model_content(state.model, identity.config, progress.step, progress.val_loss, identity.tokenizer)
+
+
+@contextmanager
+def failure_warned(action: str, state: TrainState, args: Namespace, log: RunLog) -> Iterator[None]:
+    """Makes sure that the log directory exists; an error of the block is a warning, which `action` names."""
+    try:
+        if not args.log_dir.is_dir():
+            log.warn(f"{args.log_dir} was removed or renamed during the run; creating it again")
+            args.log_dir.mkdir(parents=True)
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        if "unexpected pos" in reason:  # torch.save reports a full disk as a position in the stream
+            reason = "the file could not be written completely"
+        need = format_bytes(sum(pair_bytes(state.model.num_parameters())))
+        space = f"free {format_bytes(free_bytes(args.log_dir))}, need {need}"
+        kept = state.newest_checkpoint or "nothing so far"
+        log.warn(f"could not {action}: {reason} ({space}); keeping {kept}")
 
 
 def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str]) -> Checkpoint | None:
@@ -124,6 +169,11 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
     def read() -> Checkpoint | None:
         if args.resume == "newest":
             found[0] = newest_complete(args.log_dir)
+        elif args.resume is not None and Path(args.resume).name == best_path(args.log_dir).name:
+            hint = f"--resume alone continues from the newest checkpoint; --init-from {quoted(args.resume)}"
+            raise UserError(
+                f"{args.resume} holds weights only", f"{hint} starts a new run from these weights"
+            )
         elif args.resume is not None:
             found[0] = load_pair(Path(args.resume))
         return found[0] and found[0].without_tensors()

@@ -1,10 +1,12 @@
 """Stopping on a signal: the handler sets a flag, the loop polls it, and all ranks agree before any stops."""
 
+import math
 import os
 import signal
+import time
 from contextlib import ExitStack
 
-from utils.console import watched_signals
+from utils.console import PROCESS_START, watched_signals
 from utils.distributed import Distributed, launched_by_torchrun
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells count
@@ -13,24 +15,29 @@ for name in ("SIGHUP", "SIGUSR1"):  # a closed terminal; a batch system before i
         EXIT_CODES[getattr(signal, name)] = 143
 
 
-class Stopped(Exception):
-    """Raised when all ranks have agreed to stop; has the signal's `name` and the process's `exit_code`."""
+TIME_LIMIT = 1000  # no signal has this number
 
-    def __init__(self, signal_number: int):
-        self.name = signal.Signals(signal_number).name
-        self.exit_code = EXIT_CODES[signal_number]
-        super().__init__(self.name)
+
+class Stopped(Exception):
+    """Raised when all ranks have agreed to stop; its text is the reason, `exit_code` the process's."""
+
+    def __init__(self, number: int):
+        is_signal = number != TIME_LIMIT
+        self.exit_code = EXIT_CODES[number if is_signal else signal.SIGTERM]
+        super().__init__(f"received {signal.Signals(number).name}" if is_signal else "reached --max-hours")
 
 
 class StopSignals:
     """Catches the signals of EXIT_CODES inside its `with` block; the ranks of `dist` must agree to stop.
 
-    As long as there is nothing to save, until `defer`, a signal ends the process at once. One that was
-    ignored when the process started, as SIGHUP is under nohup, remains ignored.
+    `max_hours` after the start of the process it stops as well. As long as there is nothing to save, until
+    `defer`, a signal ends the process at once. One that was ignored when the process started, as SIGHUP is
+    under nohup, remains ignored.
     """
 
-    def __init__(self, dist: Distributed):
+    def __init__(self, dist: Distributed, max_hours: float | None = None):
         self.dist, self.parent = dist, os.getppid()
+        self.end = math.inf if max_hours is None else PROCESS_START + 3600 * max_hours
         self.received = 0  # the number of the first signal
         self.deferred = False
 
@@ -65,6 +72,8 @@ class StopSignals:
         # continue when its shell ends (as under nohup).
         if launched_by_torchrun() and os.getppid() != self.parent and not self.received:
             self.received = signal.SIGTERM
+        if time.monotonic() > self.end:
+            self.received = self.received or TIME_LIMIT
         agreed = int(self.dist.max_number(self.received))
         if agreed:
             raise Stopped(agreed)

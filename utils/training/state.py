@@ -28,6 +28,9 @@ class Progress:
     step: int = 0  # completed updates
     windows: int = 0  # trained so far: the position in the data
     val_loss: float | None = None  # the last one measured, in nats
+    best_loss: float | None = None  # the lowest one
+    best_step: int = 0  # where it was measured
+    since_best: int = 0  # validations since then
     done: list[str] = field(default_factory=list)  # evaluations of this pass that are already in the log
     seconds: float = 0.0  # of all updates so far
 
@@ -35,12 +38,25 @@ class Progress:
         """Whether `name` happens in this pass and has not happened yet."""
         return is_due(self.step, every, last=last) and name not in self.done
 
+    def note_val_loss(self, loss: float) -> bool:
+        """Records a val loss; whether it is strictly the lowest so far."""
+        self.val_loss = loss
+        self.since_best += 1
+        if self.best_loss is not None and loss >= self.best_loss:
+            return False
+        self.best_loss, self.best_step, self.since_best = loss, self.step, 0
+        return True
+
+    def ends(self, args: Namespace) -> bool:
+        """Whether there are no more updates: all are done, or `--patience` is exhausted."""
+        return self.step >= args.max_steps or 0 < args.patience <= self.since_best
+
     def is_complete(self, args: Namespace, *, with_hellaswag: bool) -> bool:
         """Whether the last update and every evaluation after it are done."""
         hellaswag_every = args.hellaswag_every if with_hellaswag else 0
         after_last = {"val": args.val_every, "hella": hellaswag_every, "samples": args.sample_every}
         due = any(self.is_due(name, every, last=True) for name, every in after_last.items())
-        return self.step > args.max_steps or (self.step == args.max_steps and not due)
+        return self.step > args.max_steps or (self.ends(args) and not due)
 
     def complete_update(self, num_windows: int, seconds: float) -> None:
         """Counts an update on `num_windows` windows, which took `seconds`; the next pass begins."""
@@ -87,4 +103,5 @@ class TrainState:
         if saved["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
         self.spikes.load_state_dict(saved["spikes"])
-        self.progress = Progress(**{name: saved[name] for name in asdict(self.progress)})
+        # Checkpoints of earlier versions do not have all of them.
+        self.progress = Progress(**{name: saved[name] for name in asdict(Progress()) if name in saved})

@@ -6,6 +6,7 @@ reads them, and parameter names carry no `module.` or `_orig_mod.` prefix.
 """
 
 import errno
+import math
 import os
 import platform
 import re
@@ -60,6 +61,19 @@ def step_of(path: Path) -> int:
 def model_files(log_dir: Path) -> list[Path]:
     """The model files in a log directory, sorted by step."""
     return sorted((path for path in log_dir.glob("model_*.pt") if step_of(path) >= 0), key=step_of)
+
+
+def best_path(log_dir: Path) -> Path:
+    """The file with the weights of the lowest val loss of a run."""
+    return log_dir / "model_best.pt"
+
+
+def saved_step(path: Path) -> float:
+    """The step in a model file of any name, without reading its tensors; infinite if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"]
+    except Exception:  # damaged archives raise many types
+        return math.inf
 
 
 def newest_model_file(log_dir: Path) -> Path | None:
@@ -128,6 +142,11 @@ def save_pair(log_dir: Path, step: int, model: dict[str, Any], state: dict[str, 
     path = model_path(log_dir, step)
     save_atomically({state_path(path): {**head, **state}, path: {**head, **model}})
     return path
+
+
+def save_model(path: Path, model: dict[str, Any]) -> None:
+    """Writes a model file alone, from which a run cannot be resumed. Raises as `save_pair` does."""
+    save_atomically({path: {"format": FORMAT, "version": VERSION, **model}})
 
 
 def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:

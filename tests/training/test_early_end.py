@@ -1,0 +1,105 @@
+"""The best checkpoint, --patience and --max-hours: how a run ends before its last step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import train_gpt
+from gpt_model import GPT
+from tests.small_runs import Killed, assert_same_run, kill_in_update, losses_of, train
+from utils.command_line import UserError
+from utils.training import signals
+from utils.training.state import Progress, TrainState
+
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
+LOSSES = {0: 3.0, 4: 2.5, 8: 2.5, 12: 2.4, 16: 2.6, 20: 2.7}  # an equal loss is no new best
+
+
+@pytest.fixture
+def with_losses(monkeypatch) -> Callable[..., None]:
+    """Decides by the val loss of each step in LOSSES, or given by keyword, instead of the measured one."""
+    note = Progress.note_val_loss
+
+    def replace(losses: dict[int, float] = LOSSES) -> None:
+        monkeypatch.setattr(Progress, "note_val_loss", lambda self, loss: note(self, losses[self.step]))
+
+    return replace
+
+
+def test_the_best_checkpoint_holds_the_weights_of_the_lowest_val_loss(short_text, tmp_path, with_losses):
+    """A model file like any other: weights, step and val loss; a later, higher loss leaves it alone."""
+    with_losses()
+    assert train(short_text, tmp_path, "--keep-every", "3") == 0
+    best = torch.load(tmp_path / "model_best.pt", weights_only=True)
+    kept = torch.load(tmp_path / "model_00012.pt", weights_only=True)
+    assert (best["step"], best["val_loss"]) == (12, 2.4)
+    assert all(torch.equal(best["model"][name], kept["model"][name]) for name in kept["model"])
+    assert GPT.load(tmp_path / "model_best.pt").config == GPT.load(tmp_path / "model_00012.pt").config
+
+
+def test_the_initial_weights_are_no_best_checkpoint(short_text, tmp_path, with_losses):
+    """They are no result of the run, but their loss is the one to beat."""
+    with_losses({**LOSSES, 0: 1.0})
+    assert train(short_text, tmp_path, "--max-steps", "8") == 0
+    assert not (tmp_path / "model_best.pt").exists()
+
+
+def test_a_run_without_a_new_best_ends_complete(short_text, tmp_path, with_losses, capsys):
+    """After --patience validations, with evaluations and checkpoint; the last line says why."""
+    with_losses()
+    assert train(short_text, tmp_path, "--patience", "1") == 0
+    last = f"ended by --patience 1 at step 8 of 20; best val loss 2.5000 at step 4: {tmp_path}/model_best.pt"
+    assert capsys.readouterr().out.splitlines()[-1] == last
+    assert (tmp_path / "model_00008.pt").exists() and losses_of(tmp_path)[-1][0] == "8 val"
+    assert "--- step 8, " in (tmp_path / "samples.txt").read_text()
+    assert train(short_text, tmp_path, "--patience", "1", "--resume") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2].startswith("already complete: step 8 of 20, the model is ") and out[-1] == last
+
+
+def test_the_patience_survives_a_kill_and_can_be_raised(short_text, tmp_path, with_losses, monkeypatch):
+    """Lowest loss and count are part of the state of a run: bitwise the run that was never killed."""
+    losses = {**LOSSES, 8: 2.6}
+    with_losses(losses)
+    every = ("--sample-every", "4")  # as in the last pass of a run
+    assert train(short_text, tmp_path / "whole", *every) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_update(patch, 7)  # after the checkpoint of step 6
+        train(short_text, tmp_path / "killed", *every, "--patience", "1")
+    assert train(short_text, tmp_path / "killed", *every, "--patience", "1", "--resume") == 0
+    assert losses_of(tmp_path / "killed")[-1][0] == "8 val"
+    assert train(short_text, tmp_path / "killed", *every, "--patience", "3", "--resume") == 0
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_the_best_checkpoint_cannot_be_resumed_from(short_text, stopped_run):
+    """Two lines; the hint names both things that may have been meant, and one of them works as typed."""
+    best = str(stopped_run / "model_best.pt")
+    with pytest.raises(UserError, match=r"model_best.pt holds weights only") as caught:
+        train(short_text, stopped_run, "--resume", best)
+    assert f"--init-from {best}" in caught.value.hint
+    assert train(short_text, stopped_run, "--init-from", best, "--max-steps", "3") == 0
+
+
+def test_a_time_limit_stops_like_a_signal(short_text, tmp_path, undisturbed, monkeypatch, capsys):
+    """Saved, with exit code 143 and the way to continue; the hours count from the start of the process."""
+    real = train_gpt.update
+
+    def update(state: TrainState, *rest: Any) -> tuple[float, float]:
+        if state.progress.step == 7:
+            patch.setattr(signals.time, "monotonic", lambda: signals.PROCESS_START + 3601)
+        return real(state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "update", update)
+        assert train(short_text, tmp_path, "--max-hours", "1") == 143
+    out = capsys.readouterr().out
+    assert re.search(r"reached --max-hours: saved .* at step 7; run it again with --resume", out)
+    assert train(short_text, tmp_path, "--resume", "--max-hours", "1e6") == 0
+    assert_same_run(tmp_path, undisturbed)
