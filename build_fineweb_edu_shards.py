@@ -27,13 +27,14 @@ from typing import Any
 
 import numpy as np
 
-from utils.command_line import ArgumentParser, UserError, positive_int, run_script
-from utils.files import locked, remove_temporary_files, temporary_name
-from utils.shards.documents import DocumentSource, Position, parts_from, read_documents
+from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
+from utils.console import printable, warn
+from utils.files import locked, remove_temporary_files, sha256_of, temporary_name
+from utils.shards.documents import TEXT_FIELD, DocumentSource, Position, parts_from, read_documents
 from utils.shards.encoder import encode_in_batches, encode_one_by_one
 from utils.shards.format import find_all_shards, write_shard
 from utils.shards.hub import HubFiles
-from utils.shards.local_files import LocalFiles, find_files
+from utils.shards.local_files import LocalFiles, describe_left_out, find_files
 from utils.shards.manifest import FILE_NAME, Manifest
 from utils.shards.workers import TokenizerPool, TokenQueue, num_cores
 from utils.tokenizer import GPT2_VOCAB_SIZE, MERGES_SHA256, has_tiktoken
@@ -54,8 +55,9 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     """Parses the command line. Raises UserError for flags that contradict each other."""
     parser = ArgumentParser(prog="build_fineweb_edu_shards.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--input", nargs="+", metavar="FILE", help="files, globs or folders: .parquet .jsonl .jsonl.gz .txt")
-    add("--text-field", default="text", help="parquet column or jsonl field that contains the text")
+    input_help = "files, globs or folders: .parquet .jsonl .jsonl.gz .txt"
+    add("--input", nargs="+", type=path_text, metavar="FILE", help=input_help)
+    add("--text-field", default=TEXT_FIELD, help="parquet column or jsonl field that contains the text")
     add("--output-dir", type=Path, default=ROOT / "edu_fineweb10B", help="folder for the shards")
     add("--shard-tokens", type=positive_int, default=SHARD_TOKENS, help="number of tokens per shard")
     add("--max-shards", type=positive_int, help="stop after this many shards, val included; default: all")
@@ -67,7 +69,10 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     add("--val-tokens", type=positive_int, help=val_help)
     add("--tokenizer", choices=("gpt2",), default="gpt2", help="tokenizer of the shards")
     add("--verify", action="store_true", help="compare every shard with the manifest, and exit")
+    add("--inputs", action="store_true", help="with --verify: compare the input files with it, too")
     args = parser.parse_args(arguments)
+    if args.inputs and not args.verify:
+        raise UserError("--inputs is part of --verify", "add --verify, or name files with --input")
     if args.val_tokens and args.val_tokens > args.shard_tokens:
         what = f"--val-tokens {args.val_tokens} is more than a shard (--shard-tokens {args.shard_tokens})"
         raise UserError(what, "val is one shard: lower --val-tokens or raise --shard-tokens")
@@ -156,7 +161,7 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest) -> None:
         sample = read_sample(source, args.text_field, manifest.start_of(first)[0])
         backend = encode_in_batches
         if not np.array_equal(encode_in_batches(sample), encode_one_by_one(sample)):
-            print("warning: batches differ from tiktoken's own tokens on this input", file=sys.stderr)
+            warn("batches differ from tiktoken's own tokens on this input")
             backend = encode_one_by_one
         name = "in batches" if backend is encode_in_batches else "document by document"
         print(f"encoding {name}: compared with tiktoken on the first {len(sample)} documents")
@@ -209,7 +214,7 @@ def print_plan(args: Namespace, source: DocumentSource, manifest: Manifest) -> i
     if manifest.shards:
         print(f"continuing after {len(manifest.shards)} finished shards ({manifest.num_tokens:,} tokens)")
     if needed > free:
-        print(f"warning: {needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free", file=sys.stderr)
+        warn(f"{needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free")
     return tokens
 
 
@@ -246,7 +251,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def open_source(args: Namespace, manifest: Manifest | None) -> DocumentSource:
     """The files of `--input`, or those on the hub, at the revision recorded by an earlier start."""
     if args.input:
-        return LocalFiles(find_files(args.input))
+        paths, left_out = find_files(args.input)
+        if left_out:
+            print(printable(f"left out of --input: {describe_left_out(left_out)}"))
+        return LocalFiles(paths)
     recorded = manifest.settings["source"] if manifest else {}
     if recorded.get("kind") == "files" and manifest.shards:
         names = ", ".join(entry[0] for entry in recorded["files"][:4])
@@ -273,8 +281,40 @@ def settings_of(args: Namespace, source: DocumentSource) -> dict[str, Any]:
     }
 
 
-def verify(folder: Path) -> int:
-    """Compares every shard with the manifest. Raises UserError that names the damaged ones."""
+def check_inputs(manifest: Manifest, source: DocumentSource) -> None:
+    """Records the checksums of the input before the first shard; later raises UserError if they differ."""
+    if manifest.shards and manifest.inputs is None:  # the hub's, or started by an earlier version
+        return
+    inputs = source.checksums()
+    if not manifest.shards:
+        manifest.inputs = inputs
+        return
+    for old, new in zip(manifest.inputs, inputs):
+        if old["sha256"] != new["sha256"]:
+            what = f"{new['path']} has changed since the build started (SHA-256 {new['sha256']})"
+            raise UserError(what, f"restore it ({old['sha256']}), or build into another --output-dir")
+
+
+def verify_inputs(manifest: Manifest) -> None:
+    """Compares the input files with the manifest. Raises UserError that names those that differ."""
+    if manifest.inputs is None:
+        what = f"{manifest.folder / FILE_NAME} records no checksums of input files"
+        raise UserError(what, "omit --inputs: it was built from the hub, or by an earlier version")
+    differ = []
+    for record in manifest.inputs:
+        path = Path(record["path"])
+        problem = None if path.is_file() else "missing"
+        if not problem and sha256_of(path) != record["sha256"]:
+            problem = f"SHA-256 is not {record['sha256']}: the content has changed"
+        print(printable(f"{path}: {problem or 'ok'}"), flush=True)
+        differ += [str(path)] if problem else []
+    if differ:
+        what = f"{len(differ)} of {len(manifest.inputs)} input files differ: {', '.join(differ[:4])}"
+        raise UserError(what, "the shards hold the earlier content: restore it, or build in a new folder")
+
+
+def verify(folder: Path, *, inputs: bool = False) -> int:
+    """Compares every shard, and on request the input, with the manifest. Raises UserError for differences."""
     manifest = Manifest.load(folder)
     if manifest is None:
         raise UserError(f"{folder} has no {FILE_NAME}", "name the folder of a build: --output-dir")
@@ -288,6 +328,8 @@ def verify(folder: Path) -> int:
         what = f"{folder}: {len(damaged)} of {len(manifest.shards)} shards are damaged: {', '.join(damaged)}"
         raise UserError(what, "delete them and run the command that built them again: only they are rebuilt")
     manifest.check_folder(next_allowed=False)
+    if inputs:
+        verify_inputs(manifest)
     state = "the build is complete" if manifest.complete else "the corpus has more: the build can continue"
     print(f"{len(manifest.shards)} shards, {manifest.num_tokens:,} tokens, all as written; {state}")
     return 0
@@ -296,7 +338,7 @@ def verify(folder: Path) -> int:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if args.verify:
-        return verify(args.output_dir)
+        return verify(args.output_dir, inputs=args.inputs)
     if not has_tiktoken():
         raise UserError("tiktoken is not installed", "pip install tiktoken")
     with locked_folder(args.output_dir):
@@ -313,6 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"removed {name}, left unfinished by an earlier build")
         done = done and not manifest.missing()
         if not done:
+            check_inputs(manifest, source)
             manifest.save()
             build(args, source, manifest)
     documents = manifest.shards[-1]["documents"]

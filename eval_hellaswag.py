@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from gpt_model import GPT
-from utils.command_line import ArgumentParser, UserError, positive_int, run_script
+from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
 from utils.console import warn
 from utils.cpu_matmul import linear
 from utils.distributed import Distributed, environment_local_rank
@@ -355,7 +355,8 @@ def score_style(
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="eval_hellaswag.py", description="HellaSwag accuracy of a model.")
     add = parser.add_argument
-    add("-m", "--model-name", default="gpt2", help="gpt2[-medium|-large|-xl], checkpoint or model folder")
+    model_help = "gpt2[-medium|-large|-xl], checkpoint or model folder"
+    add("-m", "--model-name", type=path_text, default="gpt2", help=model_help)
     add("-d", "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--split", choices=("val", "train", "test"), default="val", help="test has no labels: use --output")
     add("--limit", type=positive_int, metavar="N", help="score the first N examples only")

@@ -10,6 +10,7 @@ from utils.console import begin_script
 if __name__ == "__main__":
     begin_script()
 
+import io
 import sys
 from argparse import Namespace
 from contextlib import suppress
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from gpt_model import GPT
 from utils import command_line
-from utils.command_line import ArgumentParser, UserError, run_script
-from utils.data_loader import read_text
+from utils.command_line import ArgumentParser, UserError, path_text, run_script
+from utils.console import warn
 from utils.distributed import environment_local_rank
 from utils.runtime import DTYPES, choose_device, choose_dtype, choose_matmul
+from utils.text_files import read_text
 from utils.tokenizer import Tokenizer, check_vocab_size, tokenizer_from_state
 from utils.weights.checkpoint import newest_model_file
 
@@ -39,7 +41,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, block_size: int) -> Tensor:
     """
     ids = tokenizer.encode(prompt, allow_special=True).tolist() or [tokenizer.end_of_text or 0]
     if len(ids) > block_size:
-        print(f"the prompt has {len(ids)} tokens: only the last {block_size}, the block size, are used")
+        warn(f"the prompt has {len(ids)} tokens: only the last {block_size}, the block size, are used")
     return torch.tensor([ids[-block_size:]])
 
 
@@ -61,17 +63,25 @@ def sample_texts(
 
 def read_prompt(argument: str | None) -> str:
     """The prompt that -p names: None or `-` is standard input, `FILE:path` a file, anything else is text."""
-    if argument is None or argument == "-":
-        return sys.stdin.read()
-    if argument.startswith("FILE:"):
-        return read_text(Path(argument[len("FILE:") :]), flag="-p FILE:")
-    return argument
+    if argument is not None and argument.startswith("FILE:"):
+        return read_text(Path(path_text(argument[len("FILE:") :])), flag="-p FILE:")
+    name = "standard input" if argument in (None, "-") else "-p"
+    try:
+        # Bytes that are not UTF-8 arrive as surrogates.
+        text = sys.stdin.read() if name == "standard input" else argument
+        text.encode("utf-8")
+    except UnicodeError as error:
+        hint = "give it in UTF-8, or in a file: -p FILE:PATH"
+        raise UserError(f"{name}: the prompt is not UTF-8 ({error})", hint) from error
+    return text.removeprefix("\ufeff")
 
 
 def interact(model: GPT, tokenizer: Tokenizer, max_new_tokens: int, seed: int, **sampling: Any) -> None:
     """Reads prompts and streams continuations until an empty line or the end of input."""
     device = model.lm_head.weight.device
     sampling.update(generator=torch.Generator(device).manual_seed(seed), vocab_size=tokenizer.vocab_size)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # what is typed or pasted may not be UTF-8
     with suppress(EOFError):
         while prompt := input("prompt (an empty line quits): "):
             idx = encode_prompt(prompt, tokenizer, model.config.block_size).to(device)
@@ -92,7 +102,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line; see `--help`."""
     parser = ArgumentParser(prog="generate.py", description="Sample text from a checkpoint or a GPT-2 size.")
     add = parser.add_argument
-    add("-m", "--model-name", help="checkpoint, gpt2[-medium|-large|-xl] or folder; default: newest in log/")
+    model_help = "checkpoint, gpt2[-medium|-large|-xl] or folder; default: newest in log/"
+    add("-m", "--model-name", type=path_text, help=model_help)
     add("-p", "--prompt", help="text, FILE:path, or - for standard input; default: ask at the terminal")
     add("-n", "--num-samples", type=command_line.positive_int, default=1, help="number of continuations")
     add("--max-new-tokens", type=command_line.positive_int, default=100, help="tokens per continuation")
@@ -103,6 +114,8 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("-d", "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of weights and matmuls")
     args = parser.parse_args(argv)
+    if not -(2**63) <= args.seed < 2**64:  # what torch.Generator takes
+        raise UserError(f"--seed {args.seed} does not fit into 64 bits", "give a smaller number")
     if args.top_p is not None and args.top_p > 1:
         hint = "give at most 1, or leave it out (--top-k still applies)"
         raise UserError(f"--top-p {args.top_p} is not a probability (expected at most 1)", hint)

@@ -36,6 +36,7 @@ from utils.command_line import (
     format_duration,
     non_negative_float,
     non_negative_int,
+    path_text,
     perplexity,
     positive_float,
     positive_int,
@@ -87,10 +88,10 @@ from utils.weights.checkpoint import Checkpoint
 flag = Flags()
 
 flag.group("model and data")
-DATA = flag("--data", None, str, "shards or text file; default: edu_fineweb10B/, input.txt, else a download")
+DATA = flag("--data", None, path_text, "shards, text, .jsonl, .parquet; default: edu_fineweb10B/, input.txt")
 TOKENIZER = flag("--tokenizer", "gpt2", ("gpt2", "char"), "how a text file becomes tokens")
 SHUFFLE = flag("--shuffle", "on", ("on", "off"), "shuffle the windows by the seed, or keep the data's order")
-INIT_FROM = flag("--init-from", None, str, "start from gpt2[-medium|-large|-xl], a checkpoint or a folder")
+INIT_FROM = flag("--init-from", None, path_text, "start from gpt2[-medium|-large|-xl], checkpoint, folder")
 N_LAYER = flag("--n-layer", 12, positive_int, "number of layers")  # 12, 12, 768: GPT-2 124M
 N_HEAD = flag("--n-head", 12, positive_int, "number of attention heads")
 N_EMBD = flag("--n-embd", 768, positive_int, "number of channels")
@@ -123,7 +124,7 @@ flag("--eval-only", False, bool, "print the val loss of --init-from or of the ne
 
 flag.group("running")
 LOG_DIR = flag("--log-dir", Path(__file__).resolve().parent / "log", Path, "folder of logs and checkpoints")
-flag("--resume", None, str, "continue from the newest checkpoint, or this one", nargs="?", const="newest")
+flag("--resume", None, path_text, "continue from the newest checkpoint, or this", nargs="?", const="newest")
 CHECKPOINT_EVERY = flag("--checkpoint-every", 1000, non_negative_int, "steps between saves; 0: the last only")
 KEEP_CHECKPOINTS = flag("--keep-checkpoints", 2, positive_int, "newest checkpoints to keep for resuming")
 KEEP_EVERY = flag("--keep-every", 5000, non_negative_int, "also keep models of every N-th step; 0: last only")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from utils.command_line import UserError
-from utils.data_loader import TextStream, WindowLoader, read_text, split_text
+from utils.data_loader import TextStream, WindowLoader, split_text
 
 
 def counting_stream(num_tokens: int) -> TextStream:
@@ -93,43 +93,15 @@ def test_the_description_of_a_batch_stays_within_its_window():
     )
 
 
-def test_text_is_split_at_ninety_percent(tmp_path):
+def test_text_is_split_at_ninety_percent():
     """The first 90 % of the tokens are train, the rest is val; positions are those in the whole file."""
-    train, val = split_text(tmp_path / "t", "x" * 100, np.arange(100, dtype=np.uint16), seq_len=4)
+    train, val = split_text("t.txt", np.arange(100, dtype=np.uint16), {}, seq_len=4)
     assert train.read(0, 100).tolist() == list(range(90))
     assert val.read(0, 100).tolist() == list(range(90, 100))
-    assert val.locate(3) == (str(tmp_path / "t"), 93)
+    assert val.locate(3) == ("t.txt", 93)
 
 
-def test_a_text_too_short_for_a_window_is_refused(tmp_path):
+def test_a_text_too_short_for_a_window_is_refused():
     """The message has the number of tokens and the number needed."""
     with pytest.raises(UserError, match=r"100 tokens, need at least T\+1 = 11"):
-        split_text(tmp_path / "t", "x", np.zeros(100, dtype=np.uint16), seq_len=10)
-
-
-@pytest.mark.parametrize(
-    ("content", "message", "hint"),
-    [
-        (b"", "is empty", "with text in it"),
-        (b"  \n ", "is empty", "with text in it"),
-        (b"caf\xe9 au lait", "byte 0xe9 at offset 3 is not UTF-8", "iconv -f latin1 -t utf-8"),
-        ("text".encode("utf-16"), "byte 0xff at offset 0 is not UTF-8", "iconv -f utf-16 -t utf-8"),
-        (b"\x93NUMPY\x01", "byte 0x93 at offset 0", "give --data the folder of the shards"),
-        (None, "cannot read", "give --data a file that exists"),
-    ],
-)
-def test_an_unreadable_text_file_is_an_error(tmp_path, content, message, hint):
-    """Empty, not UTF-8 or missing: one error each, with a hint."""
-    path = tmp_path / "input.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        read_text(path)
-    assert hint in caught.value.hint
-
-
-def test_a_byte_order_mark_is_removed(tmp_path):
-    """Some editors write one at the beginning of a file."""
-    path = tmp_path / "input.txt"
-    path.write_bytes(b"\xef\xbb\xbfhello")
-    assert read_text(path) == "hello"
+        split_text("t.txt", np.zeros(100, dtype=np.uint16), {}, seq_len=10)

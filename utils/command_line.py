@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from utils.console import (
@@ -123,6 +124,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        self.register("type", Path, lambda text: Path(path_text(text)))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         args = sys.argv[1:] if args is None else args
@@ -139,6 +141,13 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message, f"python {self.prog} --help lists the flags and their defaults")
+
+
+def path_text(text: str) -> str:
+    """A path, or a name such as gpt2; `~` is the home folder, also after `=`, where the shell leaves it."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no file name has")
+    return os.path.expanduser(text)
 
 
 def positive_float(text: str) -> float:

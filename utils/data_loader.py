@@ -9,14 +9,11 @@ number of windows trained so far: there is no loader state to save or to lose.
 Shapes: B micro-batch, T time (tokens of a window), W windows of a step.
 """
 
-import codecs
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -61,40 +58,18 @@ class TextStream(TokenStream):
         return self._fingerprint
 
 
-def read_text(path: Path, flag: str = "--data") -> str:
-    """Reads a text file without byte order mark. Raises UserError if it is missing, empty or not UTF-8."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder (expected a text file)", f"give {flag} a text file")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}", f"give {flag} a file that exists") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
-        hint = f"convert it: iconv -f {encoding} -t utf-8 {path} > utf8.txt"
-        if data.startswith(b"\x93NUMPY"):  # a shard
-            hint = f"give {flag} {'the folder of the shards' if flag == '--data' else 'a text file'}"
-        what = f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8"
-        raise UserError(what, hint) from error
-    if not text.strip():
-        raise UserError(f"{path} is empty", f"give {flag} a file with text in it")
-    return text
-
-
-def split_text(path: Path, text: str, tokens: np.ndarray, seq_len: int) -> tuple[TextStream, TextStream]:
+def split_text(
+    name: str, tokens: np.ndarray, fingerprint: dict, seq_len: int
+) -> tuple[TextStream, TextStream]:
     """Streams of the first 90 % of the tokens and of the rest. Raises UserError if one is below a window."""
     # Cut by tokens, not characters: no token is split between train and val.
     border = int(len(tokens) * TRAIN_SHARE)
     if min(border, len(tokens) - border) < seq_len + 1:
         need = f"need at least T+1 = {seq_len + 1} in each of train (90 %) and val (last 10 %)"
-        what = f"{path} has {len(tokens):,} tokens, {need}"
+        what = f"{name} has {len(tokens):,} tokens, {need}"
         raise UserError(what, "give a longer text or a smaller --seq-len")
-    data = text.encode()
-    identity = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}  # not of the path
-    train = TextStream(str(path), tokens[:border], 0, identity)
-    return train, TextStream(str(path), tokens[border:], border, identity)
+    train = TextStream(name, tokens[:border], 0, fingerprint)
+    return train, TextStream(name, tokens[border:], border, fingerprint)
 
 
 @lru_cache(maxsize=2)  # the current epoch, and the next one for a step that crosses the end of an epoch

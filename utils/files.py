@@ -58,12 +58,13 @@ def whole_file(path: Path, mode: str = "w", *, durable: bool = False) -> Iterato
 
     Args:
         path: where it appears, replacing an earlier file; if anything fails, that one is untouched.
-        mode: as for `open`; text is UTF-8.
+        mode: as for `open`; text is UTF-8, in which a file name that is not UTF-8 appears as `\\udce9`.
         durable: flush file and folder, so that a power cut, too, leaves the old file or the new one.
     """
     temporary = temporary_name(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace")
+        with open(temporary, mode, **text) as file:
             yield file
             if durable:
                 file.flush()

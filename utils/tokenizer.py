@@ -5,7 +5,8 @@ GPT-2's byte-level BPE: Radford et al. 2019, section 2.2. This module is the one
 
 import hashlib
 import lzma
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from utils.command_line import UserError
+from utils.console import warn
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 50256  # the last one: 256 bytes and 50,000 merges come before it
@@ -23,6 +25,10 @@ MERGES_PATH = Path(__file__).with_name("gpt2_bpe") / "vocab.bpe.xz"
 MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # tiktoken pins the same
 # GPT-2's split pattern with possessive quantifiers (++): the same pieces without backtracking.
 SPLIT_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# It always splits between a character that is not white space and one that is. Python's \S excludes a few
+# more characters than tiktoken's, which is the safe side.
+CUT = re.compile(r"\S(?=[ \t\r\n])")
+PIECE_CHARACTERS = 1 << 20  # per call of tiktoken: a fraction of a second, in which no signal is handled
 
 
 class Tokenizer(Protocol):
@@ -55,7 +61,7 @@ class GPT2Tokenizer:
         self.encoding = gpt2_encoding()
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        return np.array(encode_text(text, allow_special), dtype=np.uint16)
+        return encode_text(text, allow_special)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
@@ -83,7 +89,7 @@ class CharTokenizer:
 
             if environment_rank() == 0:
                 some, count = "".join(unknown[:20]), len(unknown)
-                print(f"warning: {count} characters are not in the vocabulary and left out: {some!r}")
+                warn(f"{count} characters are not in the vocabulary and left out: {some!r}")
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         return np.array([self._id_of[c] for c in text if c in self._id_of], dtype=dtype)
 
@@ -136,8 +142,22 @@ def gpt2_encoding() -> Any:
     )
 
 
-def encode_text(text: str, allow_special: bool = False) -> list[int]:
-    """Ids of a text by tiktoken. Raises UserError for white space that tiktoken cannot split."""
+def encode_text(text: str, allow_special: bool = False) -> np.ndarray:
+    """Ids of a text by tiktoken, 1-D uint16. Raises UserError for white space that tiktoken cannot split."""
+    pieces = [np.array(_encode_piece(piece, allow_special), dtype=np.uint16) for piece in _pieces(text)]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text in pieces whose ids, one after the other, are those of the whole."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS and (cut := CUT.search(text, start + PIECE_CHARACTERS - 1)):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def _encode_piece(text: str, allow_special: bool) -> list[int]:
     allowed = {END_OF_TEXT} if allow_special else set()
     try:
         # The same ids as encode_ordinary's, which panics with a Rust backtrace where this raises.

@@ -124,7 +124,10 @@ def test_shards_written_by_numpy_save_can_be_read(tmp_path):
         (lambda path: path.write_bytes(path.read_bytes()[:128]), r"000002.npy: 128 bytes, header says 328"),
         (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"000002.npy: 327 bytes, header says 328"),
         (lambda path: path.write_bytes(path.read_bytes() + b"x"), r"000002.npy: 329 bytes, header says 328"),
-        (lambda path: path.write_bytes(b"<html>" * 50), r"000002.npy: not a .npy file"),
+        (
+            lambda path: path.write_bytes(b"<html>" * 50),
+            r"000002.npy: not a .npy file \(300 bytes\), but HTML",
+        ),
         (
             lambda path: np.save(path, np.zeros(9, np.float32)),
             r"<f4 array of shape \(9,\) \(expected 1-D",

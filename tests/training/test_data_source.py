@@ -42,7 +42,7 @@ def test_without_a_network_the_text_is_the_documentation_of_python(tmp_path, mon
     monkeypatch.setattr(data_source, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/input.txt")
     source = fetch(None, ALONE)
     assert source.kind == "pydoc" and "no network" in source.reason
-    assert "cannot download Tiny Shakespeare" in capsys.readouterr().out
+    assert "warning: cannot download Tiny Shakespeare" in capsys.readouterr().err
     tokenizer, train, _, reason = open_data(source, {"name": "gpt2"}, 64, ALONE)
     assert reason == source.reason
     assert "pydoc_data.topics of Python 3" in train.name and train.num_tokens > 50_000

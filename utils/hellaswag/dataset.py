@@ -13,6 +13,7 @@ from typing import Any
 from utils.command_line import UserError
 from utils.files import download, locked, remove_temporary_files
 from utils.hellaswag.tokenization import harness_text
+from utils.text_files import kind_of_bytes, lines_of, wrong_kind
 
 DEFAULT_DIR = Path(__file__).resolve().parents[2] / "hellaswag"
 NUM_ENDINGS = 4
@@ -79,8 +80,10 @@ def read_rows(path: Path, split: str, *, for_harness: bool = False) -> list[dict
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "check --hellaswag-dir") from error
+    if kind_of_bytes(data[:1024]) is not None:
+        raise wrong_kind(path, data[:1024], "JSON lines")
     rows = []
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in lines_of(data):
         try:
             rows.append(_checked_row(line, labelled=split != "test"))
             if for_harness:

@@ -10,6 +10,7 @@ import numpy as np
 
 from utils.command_line import UserError
 from utils.files import temporary_name, whole_file
+from utils.text_files import lines_of
 
 
 class Accuracy(NamedTuple):
@@ -113,14 +114,14 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """Reads labelled records that `write_results` wrote. Raises UserError with file and line."""
     hint, records = "give two files that --output wrote", []
     try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for _, line in lines_of(path.read_bytes()):
+            record = json.loads(line.decode("utf-8"))
             if not all(isinstance(record[key], int) for key in ("index", "label", *ANSWER_KEYS.values())):
                 raise ValueError("label or prediction is not an integer")
             records.append(record)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", hint) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}:{len(records) + 1}: not a scored example ({error})", hint) from error
     if not records:
         raise UserError(f"{path} is empty", hint)

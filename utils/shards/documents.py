@@ -5,12 +5,13 @@ What a document is:
     .jsonl, .jsonl.gz   a line that is not blank; its text is the field of that name
     .txt                the whole file, or the text between lines that read <|endoftext|>, unless blank
 
+`train_gpt.py --data` reads the same kinds of files, with the functions of this module.
+
 A part is a few megabytes: rows of parquet, lines of jsonl, or a section of a text file that starts at white
 space after a word, where GPT-2's pattern always splits the text, so that the tokens are those of the whole
 document. Positions in a file count rows of parquet, bytes of .jsonl and .txt, lines of .jsonl.gz.
 """
 
-import codecs
 import gzip
 import json
 import re
@@ -23,6 +24,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from utils.command_line import UserError
+from utils.text_files import (
+    MAX_LINE_BYTES,
+    decode_text,
+    encoding_hint,
+    first_bytes,
+    kind_of_bytes,
+    lines_of,
+    wrong_kind,
+)
 from utils.tokenizer import END_OF_TEXT
 
 PART_BYTES = 4 << 20  # text per part: large enough to hide the cost of sending it to a process
@@ -30,6 +40,11 @@ ROW_GROUP_BYTES = 32 << 20  # a larger row group is read by the parent process, 
 SEARCH_BYTES = 1 << 16  # read at a time in search of a place to cut
 
 KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".txt": "text"}
+# Read only when named: in a folder, such a file often holds something else, as a description of the data.
+KINDS_IF_NAMED = {".json": "jsonl", ".ndjson": "jsonl", ".json.gz": "jsonl.gz", ".ndjson.gz": "jsonl.gz"}
+FIRST_BYTES = {"parquet": "parquet", "jsonl.gz": "gzip"}  # what they show of each kind; None of the others
+TEXT_FIELD = "text"  # FineWeb-Edu's
+TEXT_FIELD_HINT = "name the one that contains the text: build_fineweb_edu_shards.py --text-field NAME"
 # A part may end after these. Text: a character that is not white space, before white space; '>' might end a
 # separator line and does not count.
 CUT_AFTER = {
@@ -87,15 +102,32 @@ class DocumentSource(Protocol):
     def estimate(self, text_field: str) -> tuple[int, int]:
         """Rough numbers of tokens and documents. Raises UserError if a local file cannot be used."""
 
+    def checksums(self) -> list[dict[str, Any]] | None:
+        """Path, bytes and SHA-256 of each file; None where a revision pins the content."""
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of a file, a value of KINDS, by its name; None if it has no such name."""
+    kinds = KINDS | KINDS_IF_NAMED
+    return next((kinds[suffix] for suffix in kinds if path.name.lower().endswith(suffix)), None)
+
+
+def check_kind(path: Path, kind: str) -> None:
+    """Raises UserError, with what the file is instead, if its first bytes are not those of its kind."""
+    with read_errors(path):
+        head = first_bytes(path)
+    if kind_of_bytes(head) != FIRST_BYTES.get(kind):
+        raise wrong_kind(path, head, FIRST_BYTES.get(kind, "UTF-8 text"))
+
 
 @contextmanager
-def _read_errors(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     """Turns what Python and pyarrow raise for a damaged file into UserError."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
         raise UserError(f"cannot read {path}: {error}", "is the file complete? copy it again") from error
 
 
@@ -107,7 +139,8 @@ def parts_from(source: DocumentSource, text_field: str, position: Position) -> I
     for index in range(position.file, len(source)):
         path, kind = source.path(index), source.kinds[index]
         start = position.start if index == position.file else 0
-        with _read_errors(path):
+        check_kind(path, kind)
+        with read_errors(path):
             if kind == "parquet":
                 spans = _parquet_spans(path, text_field, start)
             elif kind == "jsonl.gz":
@@ -135,7 +168,14 @@ def _find_cut(file: BinaryIO, cut_after: re.Pattern[bytes], target: int) -> int:
         window = window[-3:] + more  # a match may span two reads
         if match := cut_after.search(window):
             return file.tell() - len(window) + match.end()
+        if file.tell() - target > MAX_LINE_BYTES:
+            place = "end of a line" if cut_after is CUT_AFTER["jsonl"] else "white space after a word"
+            raise _too_long(f"{file.name}: no {place} from byte {target:,} to byte {file.tell():,}")
     return file.tell()
+
+
+def _too_long(what: str) -> UserError:
+    return UserError(f"{what} (at most {MAX_LINE_BYTES:,} bytes)", "divide it into lines or documents")
 
 
 def _gzip_spans(path: Path, start: int) -> Iterator[Span]:
@@ -143,8 +183,14 @@ def _gzip_spans(path: Path, start: int) -> Iterator[Span]:
     line = 0
     with gzip.open(path, "rb") as file:
         while data := file.read(PART_BYTES):
-            data += file.readline()
+            if line == 0 and (kind := kind_of_bytes(data[:1024])):
+                what = f"{path} holds {kind} inside gzip (expected JSON lines)"
+                raise UserError(what, "unpack it, and give the files that are in it")
+            rest = file.readline(MAX_LINE_BYTES + 1)
+            data += rest
             stop = line + data.count(b"\n") + (not data.endswith(b"\n"))
+            if len(rest) > MAX_LINE_BYTES:
+                raise _too_long(f"{path}:{stop}: a line of more than {MAX_LINE_BYTES:,} bytes")
             if line < start < stop:
                 data = data.split(b"\n", start - line)[-1]
             if stop > start:
@@ -196,10 +242,10 @@ def open_parquet(path: Path, text_field: str) -> Any:
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UserError(f"cannot import pyarrow: {error}", "pip install -U pyarrow, or use .jsonl") from error
-    with _read_errors(path):
+    with read_errors(path):
         # Buffered: otherwise a whole column of a row group is read into memory at once.
-        file = pq.ParquetFile(path, buffer_size=1 << 20)
-    names, hint = file.schema_arrow.names, "name the column that contains the text: --text-field NAME"
+        file = pq.ParquetFile(path, buffer_size=1 << 20, page_checksum_verification=True)
+    names, hint = file.schema_arrow.names, TEXT_FIELD_HINT
     if text_field not in names:
         raise UserError(f"{path}: no column {text_field!r} (found {', '.join(names)})", hint)
     found = str(file.schema_arrow.field(text_field).type)
@@ -218,7 +264,7 @@ def read_documents(part: Part, text_field: str) -> list[str]:
 
     Raises UserError that names the place of text that is not UTF-8, a line that is not JSON, a missing field.
     """
-    with _read_errors(part.path):
+    with read_errors(part.path):
         if part.kind == "parquet":
             return _parquet_texts(part, text_field)
         data = part.data
@@ -226,12 +272,9 @@ def read_documents(part: Part, text_field: str) -> list[str]:
             with open(part.path, "rb") as file:
                 file.seek(part.start)
                 data = file.read(part.stop - part.start)
-    if part.start == 0:
-        data = data.removeprefix(codecs.BOM_UTF8)
     if part.kind == "text":
         return _text_documents(part, data)
-    lines = data.split(b"\n")
-    return [_json_text(part, i, line, text_field) for i, line in enumerate(lines) if line.strip()]
+    return [_json_text(part, n, line, text_field) for n, line in lines_of(data) if line.strip()]
 
 
 def _parquet_texts(part: Part, text_field: str) -> list[str]:
@@ -258,11 +301,14 @@ def _parquet_texts(part: Part, text_field: str) -> list[str]:
 
 
 def _json_text(part: Part, line: int, data: bytes, text_field: str) -> str:
-    """The text of one line of jsonl; `line` counts from the first line of the part."""
+    """The text of one line of jsonl; `line` counts from 1, the first line of the part."""
+    hint = f"correct or remove the line; if it is the wrong field, {TEXT_FIELD_HINT}"
     try:
         record = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         problem = f"not JSON: {error}"
+        if isinstance(error, UnicodeDecodeError):
+            hint = encoding_hint(part.path, data, error)
     else:
         if not isinstance(record, dict):
             problem = f"{type(record).__name__} (expected an object)"
@@ -274,8 +320,7 @@ def _json_text(part: Part, line: int, data: bytes, text_field: str) -> str:
             problem = f"no field {text_field!r} (found {', '.join(record) or 'none'})"
     # A position in .jsonl is a byte, one in .jsonl.gz is a line.
     lines_before = _count_lines(part.path, part.start) if part.kind == "jsonl" else part.start
-    hint = "correct or remove the line, or give another --text-field"
-    raise UserError(f"{part.path}:{lines_before + line + 1}: {problem}", hint)
+    raise UserError(f"{part.path}:{lines_before + line}: {problem}", hint)
 
 
 def _count_lines(path: Path, stop: int) -> int:
@@ -289,13 +334,12 @@ def _count_lines(path: Path, stop: int) -> int:
 
 def _text_documents(part: Part, data: bytes) -> list[str]:
     """A section of a text file, cut at lines that read <|endoftext|>; a part never starts or ends at one."""
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset = part.stop - len(data) + error.start
-        what = f"{part.path}: byte 0x{data[error.start]:02x} at offset {offset} is not UTF-8"
-        raise UserError(what, f"convert it: iconv -f latin1 -t utf-8 {part.path} > utf8.txt") from error
-    first, *others = SEPARATOR_LINE.split(text)
+    first, *others = split_at_separators(decode_text(part.path, data, part.start))
     # Blank texts are not documents, but a blank continuation belongs to the document before.
     kept = [first] if first.strip() or part.continues_document else []
     return kept + [text for text in others if text.strip()]
+
+
+def split_at_separators(text: str) -> list[str]:
+    """The texts before, between and after lines that read <|endoftext|>, blank ones included."""
+    return SEPARATOR_LINE.split(text) if END_OF_TEXT in text else [text]  # `in` is much faster

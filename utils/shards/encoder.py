@@ -19,6 +19,7 @@ import numpy as np
 from utils.tokenizer import END_OF_TEXT_ID, GPT2_VOCAB_SIZE, encode_text, load_merges
 
 BATCH_CHARACTERS = 1 << 18  # per call of tiktoken: its working set stays in the processor's cache
+LONG_BATCH_CHARACTERS = 1 << 24  # a longer document is encoded in pieces, which takes less memory
 
 # Control characters that ordinary text does not contain; a batch that does is encoded one by one.
 DOCUMENT_MARK, CUT_MARK = "\x1c", "\x1d"
@@ -37,8 +38,9 @@ IS_SPACE[list(WHITE_SPACE)] = True
 
 def encode_one_by_one(documents: Sequence[str]) -> np.ndarray:
     """Tokens of all documents in order, an <|endoftext|> before each; 1-D uint16. The reference."""
-    arrays = [np.array([END_OF_TEXT_ID, *encode_text(text)], dtype=np.uint16) for text in documents]
-    return np.concatenate([np.zeros(0, dtype=np.uint16), *arrays])
+    end_of_text = np.array([END_OF_TEXT_ID], dtype=np.uint16)
+    arrays = [array for text in documents for array in (end_of_text, encode_text(text))]
+    return np.concatenate([end_of_text[:0], *arrays])
 
 
 def encode_in_batches(documents: Sequence[str]) -> np.ndarray:
@@ -61,6 +63,8 @@ def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
 
 def _encode_batch(documents: list[str]) -> np.ndarray:
     text = DOCUMENT_MARK + DOCUMENT_MARK.join(documents)
+    if len(text) > LONG_BATCH_CHARACTERS:
+        return encode_one_by_one(documents)
     if text.count(DOCUMENT_MARK) != len(documents) or CUT_MARK in text:
         return encode_one_by_one(documents)
     try:

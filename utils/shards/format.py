@@ -19,8 +19,9 @@ import numpy as np
 
 from utils.command_line import Unfinished, UserError
 from utils.files import whole_file
+from utils.text_files import describe_bytes, first_bytes
 
-REBUILD_HINT = "rebuild it: delete the file and run build_fineweb_edu_shards.py again, or copy it again"
+REBUILD_HINT = "copy it again; or delete it and run the command that built the folder again"
 DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
 
 
@@ -90,7 +91,9 @@ def read_header(path: Path) -> Shard:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", REBUILD_HINT) from error
     except Exception as error:  # numpy's parser fails on a damaged header in many ways
-        raise UserError(f"{path}: not a .npy file ({size:,} bytes)", REBUILD_HINT) from error
+        found = describe_bytes(first_bytes(path))
+        found = "" if found in ("empty", "a NumPy array") else f", but {found}"
+        raise UserError(f"{path}: not a .npy file ({size:,} bytes){found}", REBUILD_HINT) from error
     if dtype not in DTYPES or len(shape) != 1:
         what = f"{path}: {dtype.str} array of shape {shape} (expected 1-D uint16 or uint32)"
         raise UserError(what, REBUILD_HINT)

@@ -8,6 +8,7 @@ environment variables are respected.
 
 import fnmatch
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from utils.command_line import Unfinished, UserError
+from utils.console import warn
 from utils.shards.documents import BYTES_PER_TOKEN, TOKENS_PER_DOCUMENT
 
 RETRY_SECONDS = (2, 8, 30, 60)  # waits between attempts, in addition to those of the client itself
 FIRST_CONTACT_SECONDS = 8  # longest wait between attempts until the hub has answered once
+# A name of a file that stays in the folder of its data set.
+SAFE_NAME = re.compile(r"(?!/)(?!(.*/)?\.\.(/|$))[^\\\0]+")
 OFFLINE_HINT = "run once with a network, set HF_HOME to a filled cache, or give --input your own files"
 
 
@@ -72,6 +76,9 @@ class HubFiles:
         num_tokens = int(self.num_bytes / BYTES_PER_TOKEN["parquet"])
         return num_tokens, num_tokens // TOKENS_PER_DOCUMENT
 
+    def checksums(self) -> None:
+        return None
+
     def path(self, index: int) -> Path:
         """File number `index` on this machine, downloaded if it is not in the hub's cache.
 
@@ -109,6 +116,8 @@ def _endpoint() -> str | None:
 def _files_of_subset(dataset: str, subset: str, info: Any) -> list[str]:
     """The parquet files that the data set's card assigns to a subset, or those in a folder of that name."""
     names = sorted(file.rfilename for file in info.siblings if file.rfilename.endswith(".parquet"))
+    if unsafe := [name for name in names if not SAFE_NAME.fullmatch(name)]:
+        raise UserError(f"data set {dataset} has a file named {unsafe[0]!r}", "use another --dataset")
     card = info.card_data.to_dict() if info.card_data else {}
     configs = card.get("configs") or []
     patterns = {config["config_name"]: _patterns(config.get("data_files")) for config in configs}
@@ -159,7 +168,7 @@ def _retry(call: Callable[[], Any], what: str, *, first_contact: bool = False) -
             if seconds is None:
                 hint = "finished shards are kept; run the same command again to continue"
                 raise Unfinished(f"the hub keeps failing on {what}: {reason}", hint) from error
-            print(f"the hub failed ({reason}); next attempt in {seconds} s", flush=True)
+            warn(f"the hub failed ({reason}); next attempt in {seconds} s")
             time.sleep(seconds)
 
 

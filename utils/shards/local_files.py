@@ -2,21 +2,40 @@
 
 import glob
 import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.command_line import UserError
-from utils.shards.documents import BYTES_PER_TOKEN, KINDS, TOKENS_PER_DOCUMENT, open_parquet
+from utils.files import sha256_of
+from utils.shards.documents import (
+    BYTES_PER_TOKEN,
+    KINDS,
+    TOKENS_PER_DOCUMENT,
+    check_kind,
+    kind_of,
+    open_parquet,
+    read_errors,
+)
 
 PROBE_BYTES = 1 << 16  # at both ends of a file, for its fingerprint
+NAMES_SHOWN = 3  # of the files that are left out for one reason
+LONG_HASHING_BYTES = 4e9  # a progress bar above that: some seconds
+
+LeftOut = dict[str, list[Path]]  # reason -> files
 
 
 class LocalFiles:
-    """Files on this machine's disk, in the order of the documents."""
+    """Files on this machine's disk, in the order of the documents. Raises UserError for foreign names."""
 
     def __init__(self, paths: list[Path]):
         self.paths = paths
         self.kinds = [kind_of(path) for path in paths]
+        if None in self.kinds:
+            path = paths[self.kinds.index(None)]
+            what = f"{path} is not a corpus file (expected {', '.join(KINDS)})"
+            raise UserError(what, "rename it if its content is of that kind, else convert or omit it")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -30,6 +49,7 @@ class LocalFiles:
     def estimate(self, text_field: str) -> tuple[int, int]:
         num_tokens = num_documents = 0
         for path, kind in zip(self.paths, self.kinds, strict=True):
+            check_kind(path, kind)
             tokens_of_file = int(path.stat().st_size / BYTES_PER_TOKEN[kind])
             num_tokens += tokens_of_file
             if kind == "parquet":
@@ -38,50 +58,100 @@ class LocalFiles:
                 num_documents += 1 if kind == "text" else max(1, tokens_of_file // TOKENS_PER_DOCUMENT)
         return num_tokens, num_documents
 
+    def checksums(self) -> list[dict[str, Any]]:
+        from tqdm import tqdm
 
-def kind_of(path: Path) -> str:
-    """The kind of a file, by its name. Raises UserError if documents cannot be read from it."""
-    for suffix, kind in KINDS.items():
-        if path.name.lower().endswith(suffix):
-            return kind
-    raise UserError(f"{path} is not a corpus file (expected {', '.join(KINDS)})", "convert it or omit it")
+        sizes = [path.stat().st_size for path in self.paths]
+        quiet = None if sum(sizes) > LONG_HASHING_BYTES else True  # None: only on a terminal
+        records = []
+        with tqdm(total=sum(sizes), desc="SHA-256", unit="B", unit_scale=True, disable=quiet) as bar:
+            for path, size in zip(self.paths, sizes):
+                with read_errors(path):
+                    digest = sha256_of(path)
+                records.append({"path": os.path.abspath(path), "bytes": size, "sha256": digest})
+                bar.update(size)
+        return records
 
 
-def find_files(arguments: list[str]) -> list[Path]:
+def find_files(arguments: list[str]) -> tuple[list[Path], LeftOut]:
     """The files that `--input` names: files, globs or folders, in the order given, sorted within each.
 
-    Raises UserError for a name that matches nothing and for empty files.
+    Folders are read with everything below, and links are followed; what is left out is returned as well.
+    Raises UserError for a name that matches nothing, for empty files and for unreadable folders.
     """
     found: dict[Path, Path] = {}  # resolved -> as given; a file named twice counts once
+    left_out: LeftOut = {}
     for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            matches = [
-                file
-                for file in sorted(path.rglob("*"))
-                if file.name.lower().endswith(tuple(KINDS))
-                and not any(name.startswith(".") for name in file.relative_to(path).parts)
-            ]
-        else:
-            matches = [path] if path.exists() else map(Path, sorted(glob.glob(argument, recursive=True)))
-        files = [match for match in matches if match.is_file()]
+        matches = [Path(argument)] if os.path.exists(argument) else _matches_of(argument)
+        files = [file for match in matches for file in _files_of(match, left_out)]
         if not files:
             hint = f"give files, globs or folders: {', '.join(KINDS)}"
+            if left_out:
+                hint += f" (left out: {describe_left_out(left_out)})"
             raise UserError(f"--input {argument}: no such file", hint)
         for file in files:
-            found.setdefault(file.resolve(), file)
+            if found.setdefault(file.resolve(), file) is not file:
+                left_out.setdefault("named twice", []).append(file)
     for path in found.values():
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty (0 bytes)", "remove it from --input")
-    return list(found.values())
+    return list(found.values()), left_out
+
+
+def describe_left_out(left_out: LeftOut) -> str:
+    """`3 hidden (.a.txt, .git, ...), 1 of other kinds (x.docx)`."""
+    parts = []
+    for reason, paths in left_out.items():
+        names = [path.name for path in paths[:NAMES_SHOWN]] + ["..."][: len(paths) > NAMES_SHOWN]
+        parts.append(f"{len(paths):,} {reason} ({', '.join(names)})")
+    return ", ".join(parts)
+
+
+def _matches_of(pattern: str) -> Iterator[Path]:
+    """What a glob matches, in order. Its existing first part is taken as it is: it may contain brackets."""
+    path = Path(pattern)
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    rest = str(path.relative_to(folder))
+    return (folder / name for name in sorted(glob.glob(rest, root_dir=folder, recursive=True)))
+
+
+def _files_of(path: Path, left_out: LeftOut) -> list[Path]:
+    """The path itself, or the corpus files in a folder and below, sorted; adds the others to `left_out`."""
+    if not path.is_dir():
+        return [path] if path.is_file() else []
+    files, visited = [], set()
+    folders, links = [path], []  # links last: a folder is found under its own name where it has one here
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status, entries = folder.stat(), sorted(folder.iterdir())
+        except OSError as error:
+            hint = "make it readable, or name the files that you want"
+            raise UserError(f"cannot read folder {folder}: {error.strerror}", hint) from error
+        if (status.st_dev, status.st_ino) in visited:  # links may form a cycle
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            if entry.name.startswith("."):
+                left_out.setdefault("hidden", []).append(entry)
+            elif os.path.isdir(entry):
+                (links if entry.is_symlink() else folders).append(entry)
+            elif not entry.name.lower().endswith(tuple(KINDS)):
+                left_out.setdefault("of other kinds", []).append(entry)
+            elif not os.path.isfile(entry):
+                left_out.setdefault("broken links or special files", []).append(entry)
+            else:
+                files.append(entry)
+    return sorted(files)
 
 
 def _fingerprint(path: Path) -> list[Any]:
     """Name, size, and SHA-256 of both ends: enough to notice another file without reading all of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        digest.update(file.read(PROBE_BYTES))
-        file.seek(max(0, size - PROBE_BYTES))
-        digest.update(file.read(PROBE_BYTES))
+    with read_errors(path):
+        size = path.stat().st_size
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            digest.update(file.read(PROBE_BYTES))
+            file.seek(max(0, size - PROBE_BYTES))
+            digest.update(file.read(PROBE_BYTES))
     return [path.name, size, digest.hexdigest()]

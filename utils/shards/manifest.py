@@ -5,8 +5,9 @@ moment continues where its last finished shard ends, and any shard can be verifi
 """
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,10 +15,41 @@ from utils.command_line import UserError
 from utils.files import sha256_of, whole_file
 from utils.shards.documents import Position
 from utils.shards.format import find_all_shards, find_invalid_token, read_header, shard_name, write_errors
+from utils.shards.hub import SAFE_NAME
 
 FILE_NAME = "manifest.json"
 FORMAT, VERSION = "minigpt-shards", 1
 CHECK_TOKENS = 1 << 22  # number of tokens that --verify reads at a time
+
+
+class Either(NamedTuple):
+    """Of a schema: one of two."""
+
+    first: Any
+    second: Any
+
+
+# What a valid file contains, see `check_schema`.
+COUNT, POSITIVE = range(1 << 63), range(1, 1 << 63)
+SHA256, COMMIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9A-Za-z]{1,64}")
+LOCAL_FILES = {"kind": "files", "files": [(str, COUNT, SHA256)]}
+HUB_FILES = {"kind": "hub", "dataset": str, "subset": str, "revision": COMMIT, "files": [(SAFE_NAME, COUNT)]}
+SCHEMA = {
+    "format": FORMAT,
+    "version": VERSION,
+    "settings": {
+        "tokenizer": str,
+        "merges_sha256": SHA256,
+        "shard_tokens": POSITIVE,
+        "val_tokens": Either(POSITIVE, None),
+        "text_field": Either(str, None),
+        "source": Either(LOCAL_FILES, HUB_FILES),
+    },
+    "inputs": Either([{"path": str, "bytes": COUNT, "sha256": SHA256}], None),
+    "complete": bool,
+    "tokens": COUNT,
+    "shards": list,  # of records, which `load` checks one after the other
+}
 
 
 class Manifest:
@@ -25,32 +57,41 @@ class Manifest:
 
     Attributes:
         settings: everything that determines the bytes of the shards, as plain values.
+        inputs: path, bytes and SHA-256 of each local file, before the build read it; None for a data set on
+            the hub, whose revision is in the settings, and for builds of earlier versions.
         shards: one record per finished shard, in order: name, tokens, sha256, documents (number of documents
             started up to its end), next (where the next shard starts: the values of a Position).
         complete: whether the whole corpus is in the shards.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path, settings: dict[str, Any], inputs: list[dict[str, Any]] | None = None):
+        self.folder, self.settings, self.inputs = folder, settings, inputs
         self.shards: list[dict[str, Any]] = []
         self.complete = False
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest | None":
-        """The manifest of a folder, or None if it has none. Raises UserError if the file is not valid."""
+        """The manifest of a folder, or None if it has none.
+
+        Raises UserError unless the file is what `save` writes.
+        """
         path = folder / FILE_NAME
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT or content["version"] != VERSION:
-                raise ValueError(f"format {content['format']} {content['version']}")
-            manifest = cls(folder, content["settings"])
-            manifest.shards, manifest.complete = content["shards"], content["complete"]
+            content = json.loads(path.read_bytes().decode("utf-8"))
+            if isinstance(content, dict):
+                content.setdefault("inputs", None)  # which earlier versions did not write
+            check_schema(content, SCHEMA, "")
+            manifest = cls(folder, content["settings"], content["inputs"])
+            for number, record in enumerate(content["shards"]):
+                check_schema(record, manifest.next_schema(), f"shards[{number}]")
+                manifest.shards.append(record)
+            check_schema(content["tokens"], manifest.num_tokens, "tokens")
+            manifest.complete = content["complete"]
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"cannot read {path}: {error!r} (expected {FORMAT} {VERSION})"
+        except (OSError, ValueError, RecursionError) as error:
             hint = "use another --output-dir, or move this folder's shards and manifest away"
-            raise UserError(what, hint) from error
+            raise UserError(f"cannot read {path}: {error} (expected {FORMAT} {VERSION})", hint) from error
         return manifest
 
     def save(self) -> None:
@@ -59,6 +100,7 @@ class Manifest:
             "format": FORMAT,
             "version": VERSION,
             "settings": self.settings,
+            "inputs": self.inputs,
             "complete": self.complete,
             "tokens": self.num_tokens,
             "shards": self.shards,
@@ -81,6 +123,16 @@ class Manifest:
     def next_name(self) -> str:
         """File name of the shard after the finished ones."""
         return shard_name("train" if self.shards else "val", len(self.shards))
+
+    def next_schema(self) -> dict[str, Any]:
+        """What the record of the next shard must be: its name leads to no other folder."""
+        return {
+            "name": self.next_name(),
+            "tokens": range(1, self.settings["shard_tokens"] + 1),
+            "sha256": SHA256,
+            "documents": range(self.shards[-1]["documents"] if self.shards else 0, COUNT.stop),
+            "next": (range(len(self.settings["source"]["files"])), COUNT, COUNT),
+        }
 
     def start_of(self, index: int) -> tuple[Position, int]:
         """Where shard number `index` starts in the corpus, and how many documents start before it."""
@@ -140,6 +192,43 @@ class Manifest:
             if problem := find_invalid_token(tokens, vocab_size, start):
                 return problem
         return None
+
+
+def check_schema(value: Any, schema: Any, place: str) -> None:
+    """Raises ValueError, with the place, unless a value of JSON is what the schema says.
+
+    A schema is a type, a range of integers, a pattern of strings, a constant, `Either`, a dict with exactly
+    these keys, a list of any number of equal entries, or a tuple, which is a list of that length.
+    """
+    if isinstance(schema, Either):
+        try:
+            return check_schema(value, schema.first, place)
+        except ValueError as error:
+            try:
+                return check_schema(value, schema.second, place)
+            except ValueError:
+                raise error from None
+    if isinstance(schema, dict):
+        valid = isinstance(value, dict) and value.keys() == schema.keys()
+        inner = [(value[key], schema[key], f"{place}.{key}".strip(".")) for key in schema] if valid else []
+    elif isinstance(schema, (list, tuple)):
+        valid = isinstance(value, list) and (isinstance(schema, list) or len(value) == len(schema))
+        schemas = (schema * len(value) if isinstance(schema, list) else schema) if valid else []
+        inner = [(*pair, f"{place}[{i}]") for i, pair in enumerate(zip(value, schemas))] if valid else []
+    else:
+        inner = []
+        if isinstance(schema, type):
+            valid = type(value) is schema
+        elif isinstance(schema, range):
+            valid = type(value) is int and value in schema
+        elif isinstance(schema, re.Pattern):
+            valid = isinstance(value, str) and schema.fullmatch(value) is not None
+        else:
+            valid = type(value) is type(schema) and value == schema
+    if not valid:
+        raise ValueError(f"{place or 'the content'} is {str(value)[:100]!r}")
+    for arguments in inner:
+        check_schema(*arguments)
 
 
 def _differences(name: str, old: Any, new: Any) -> str:

@@ -7,6 +7,7 @@ the borders between shards. `utils/shards/format.py` describes the files themsel
 import threading
 from collections import OrderedDict
 from io import FileIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,39 @@ import numpy as np
 
 from utils.command_line import UserError
 from utils.data_loader import TokenStream
-from utils.shards.format import REBUILD_HINT, check_numbers, find_invalid_token, find_shards, read_header
+from utils.shards.documents import KINDS
+from utils.shards.format import (
+    REBUILD_HINT,
+    check_numbers,
+    find_all_shards,
+    find_invalid_token,
+    find_shards,
+    read_header,
+)
+from utils.shards.manifest import FILE_NAME
+from utils.text_files import free_name, quoted
 
+MAX_SEARCHED_FILES = 10_000  # for a hint: the folder may be a whole disk
 MAX_OPEN_FILES = 128  # shards are kept open; some systems allow a process only 256 files
+
+
+def hint_without_shards(folder: Path) -> str:
+    """What to do about a folder that lacks the shards of a split, or holds something else."""
+    if (folder / FILE_NAME).exists():
+        return (
+            f"run the command that built it again: {FILE_NAME} names its input; --max-shards must be above 1"
+        )
+    if found := find_all_shards(folder):
+        return f"copy the other shards into it (it holds {found[0].name})"
+    if found := sorted(folder.glob("*.npy")):
+        return f"if {found[0].name} is a shard, put the word train, or val, into its name"
+    suffixes = tuple(KINDS)
+    if any(path.name.lower().endswith(suffixes) for path in islice(folder.rglob("*"), MAX_SEARCHED_FILES)):
+        name = folder.name if folder.name not in ("", "..") else folder.resolve().name
+        new = quoted(free_name(folder.parent / f"{name}_shards"))
+        command = f"python build_fineweb_edu_shards.py --input {quoted(folder)} --output-dir {new}"
+        return f"make shards of its texts: {command}; then --data {new}"
+    return "give --data a text file, or a folder that build_fineweb_edu_shards.py wrote"
 
 
 class ShardStream(TokenStream):
@@ -35,7 +66,7 @@ class ShardStream(TokenStream):
         paths = find_shards(folder, split)
         if not paths:
             what = f"{folder} holds no {split} shards (expected .npy files with {split!r} in their names)"
-            raise UserError(what, f"python build_fineweb_edu_shards.py --output-dir {folder}")
+            raise UserError(what, hint_without_shards(folder))
         check_numbers(folder)
         self.shards = [read_header(path) for path in paths]
         # Stream position of the start of each shard, and of the end.

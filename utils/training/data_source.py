@@ -1,16 +1,41 @@
 """Which data to train on, and its streams: shards, a text file, or a download."""
 
+import hashlib
 import platform
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from utils.command_line import UserError
-from utils.data_loader import TokenStream, read_text, split_text
+from utils.console import warn
+from utils.data_loader import TokenStream, split_text
 from utils.distributed import Distributed
 from utils.files import download
+from utils.shards.documents import (
+    TEXT_FIELD,
+    Position,
+    kind_of,
+    parts_from,
+    read_documents,
+    split_at_separators,
+)
+from utils.shards.encoder import encode_one_by_one
 from utils.shards.format import find_shards
+from utils.shards.local_files import LocalFiles
 from utils.shards.stream import ShardStream
-from utils.tokenizer import CharTokenizer, Tokenizer, check_vocab_size, has_tiktoken, tokenizer_from_state
+from utils.text_files import read_text
+from utils.tokenizer import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    CharTokenizer,
+    Tokenizer,
+    check_vocab_size,
+    has_tiktoken,
+    tokenizer_from_state,
+)
 
 if TYPE_CHECKING:
     from gpt_model import GPTConfig
@@ -27,7 +52,7 @@ TINY_SHAKESPEARE_BYTES = 1_115_394
 class Source(NamedTuple):
     """Where the data comes from, and why."""
 
-    kind: str  # "shards", "text", "download" (to `path`, before use) or "pydoc" (Python's own documentation)
+    kind: str  # "shards", "text", "records" (.jsonl, .parquet), "download" (to `path`), "pydoc" (no file)
     path: Path | None
     reason: str
 
@@ -35,7 +60,9 @@ class Source(NamedTuple):
 def choose_source(requested: str | None) -> Source:
     """What to train on, without using the network: `--data`, shards, input.txt, else a download."""
     if requested is not None:
-        return Source("shards" if Path(requested).is_dir() else "text", Path(requested), "--data")
+        path = Path(requested)
+        kind = "text" if kind_of(path) in (None, "text") else "records"
+        return Source("shards" if path.is_dir() else kind, path, "--data")
     if find_shards(SHARDS_DIR, "train"):
         return Source("shards", SHARDS_DIR, "the folder holds shards")
     if TEXT_PATH.exists():
@@ -50,7 +77,7 @@ def fetch(requested: str | None, dist: Distributed) -> Source:
         try:
             download(TINY_SHAKESPEARE_URL, source.path, TINY_SHAKESPEARE_SHA256, TINY_SHAKESPEARE_BYTES)
         except OSError as error:
-            print(f"warning: cannot download Tiny Shakespeare ({error}); put any text into {source.path}")
+            warn(f"cannot download Tiny Shakespeare ({error}); put any text into {source.path}")
     dist.barrier()  # for every kind of source: another machine may have chosen another one
     if source.kind != "download":
         return source
@@ -64,7 +91,7 @@ def available_tokenizer(requested: str, dist: Distributed) -> str:
     """The requested kind, "gpt2" or "char"; "char" with a warning where tiktoken is not installed."""
     if requested == "gpt2" and not has_tiktoken():
         if dist.is_master:
-            print("warning: tiktoken is not installed, training on characters instead (pip install tiktoken)")
+            warn("tiktoken is not installed, training on characters instead (pip install tiktoken)")
         return "char"
     return requested
 
@@ -84,28 +111,69 @@ def open_data(source: Source, tokenizer_state: dict[str, Any], seq_len: int, dis
     `tokenizer_state` is that of a loaded model, {"name": "gpt2"}, or {"name": "char"} for the characters of
     the text. Raises UserError for missing, empty, damaged or too short data, or if ranks see different data.
     """
-    characters_known = "characters" in tokenizer_state
     if source.kind == "shards":
         if tokenizer_state["name"] == "char":
-            other = "a model trained on them" if characters_known else "use --tokenizer gpt2"
+            other = "a model trained on them" if "characters" in tokenizer_state else "use --tokenizer gpt2"
             what = f"{source.path} holds GPT-2 tokens, not characters"
             raise UserError(what, f"give --data a text file, or {other}")
         tokenizer = tokenizer_from_state(tokenizer_state)
         vocab_size = tokenizer.vocab_size
         train, val = (ShardStream(source.path, split, vocab_size, seq_len) for split in ("train", "val"))
+        reason = source.reason
     else:
-        path = source.path or Path(f"pydoc_data.topics of Python {platform.python_version()}")
-        text = read_text(source.path) if source.path else python_documentation()
-        if tokenizer_state["name"] == "char" and not characters_known:
-            tokenizer = CharTokenizer("".join(sorted(set(text))))
-        else:
-            tokenizer = tokenizer_from_state(tokenizer_state)
-        train, val = split_text(path, text, tokenizer.encode(text), seq_len)
+        tokenizer, tokens, fingerprint = tokenize(source, tokenizer_state, dist)
+        name = str(source.path or f"pydoc_data.topics of Python {platform.python_version()}")
+        train, val = split_text(name, tokens, fingerprint, seq_len)
+        count = fingerprint.get("documents")
+        reason = source.reason if count is None else f"{source.reason}, {count:,} documents"
     fingerprints = [train.fingerprint(), val.fingerprint()]
     if dist.broadcast(fingerprints) != fingerprints:
         what = f"rank {dist.rank} sees other data than rank 0 in {train.name}"
         raise UserError(what, "give every machine the same files", one_rank_only=True)
-    return Data(tokenizer, train, val, source.reason)
+    return Data(tokenizer, train, val, reason)
+
+
+def tokenize(
+    source: Source, tokenizer_state: dict[str, Any], dist: Distributed
+) -> tuple[Tokenizer, np.ndarray, dict[str, Any]]:
+    """The tokenizer, the tokens of a text or of records, 1-D, and what identifies them, as plain values.
+
+    Documents (records, or a text with lines that read <|endoftext|>) become the tokens that the shard builder
+    makes of them; a text without such a line is tokenized as it is. Raises UserError for unusable files.
+    """
+    text, documents = read_source(source, dist)
+    if documents is not None and tokenizer_state["name"] == "char":
+        if dist.is_master:
+            warn(f"{source.path}: documents are joined by blank lines: characters have no {END_OF_TEXT}")
+        text = "\n\n".join(text.strip("\r\n") for text in chain.from_iterable(documents))
+        # Lone surrogates, which JSON can hold, become U+FFFD, as in tiktoken.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        documents = None
+    if tokenizer_state["name"] == "char" and "characters" not in tokenizer_state:
+        tokenizer = CharTokenizer("".join(sorted(set(text))))
+    else:
+        tokenizer = tokenizer_from_state(tokenizer_state)
+    if documents is None:
+        data = text.encode()
+        fingerprint = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        return tokenizer, tokenizer.encode(text), fingerprint
+    tokens = np.concatenate([encode_one_by_one(()), *map(encode_one_by_one, documents)])
+    count = int(np.count_nonzero(tokens == END_OF_TEXT_ID))
+    return tokenizer, tokens, {"documents": count, "sha256": hashlib.sha256(tokens.data).hexdigest()}
+
+
+def read_source(source: Source, dist: Distributed) -> tuple[str, Iterable[list[str]] | None]:
+    """A text and None, or "" and lists of documents."""
+    if source.kind == "records":
+        if dist.is_master:
+            warn(f"{source.path}: of each record, only the field {TEXT_FIELD!r} is used, as a document")
+        parts = parts_from(LocalFiles([source.path]), TEXT_FIELD, Position())
+        return "", (read_documents(part, TEXT_FIELD) for part in parts)
+    text = read_text(source.path) if source.path else python_documentation()
+    documents = split_at_separators(text)
+    if len(documents) == 1:
+        return text, None
+    return "", [[text for text in documents if text.strip()]]
 
 
 def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -> None:
