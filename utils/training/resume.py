@@ -20,6 +20,7 @@ from utils.training.run_log import RunLog
 from utils.training.state import TrainState
 from utils.weights.checkpoint import (
     Checkpoint,
+    check_fits,
     load_pair,
     model_content,
     model_files,
@@ -146,6 +147,7 @@ def start_or_resume(
             return ["nothing to resume in the log directory: a fresh start"] if args.resume else []
         path, step = checkpoint.path, checkpoint.state["step"]
         lines = check_same_run(identity, checkpoint)
+        check_fits(checkpoint, state.model, state.optimizers)
         if path.resolve().parent == args.log_dir.resolve():
             archive_run(args.log_dir, checkpoints_after=step)
             cut_logs_back(args.log_dir, checkpoint.state["log"])
