@@ -36,7 +36,7 @@ from utils.console import warn
 from utils.cpu_matmul import linear
 from utils.distributed import Distributed, environment_local_rank
 from utils.hellaswag.dataset import NUM_ENDINGS, choose_directory, find_or_download, read_rows
-from utils.hellaswag.results import STYLES, check_writable, compare, make_record, summary, write_results
+from utils.hellaswag.results import STYLES, check_output, compare, make_record, summary, write_results
 from utils.hellaswag.tokenization import crop_rows, harness_text, tokenize, tokenizer_for
 from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, choose_matmul, peak_memory_bytes
 from utils.tokenizer import GPT2Tokenizer, Tokenizer
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.split == "test" and args.output is None:
         raise UserError("test has no labels, so no accuracy", "add --output FILE for the predictions")
     if args.output is not None:
-        check_writable(args.output)
+        check_output(args.output)
     styles = tuple(STYLES) if args.style == "both" else (args.style,)
     # Everything that can fail quickly comes before loading the model.
     path = find_or_download(choose_directory(args.hellaswag_dir), args.split)
@@ -409,4 +409,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, environment_local_rank()))
+    sys.exit(run_script(main, environment_local_rank))

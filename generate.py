@@ -152,4 +152,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, environment_local_rank(), result_is_stdout=True))
+    sys.exit(run_script(main, environment_local_rank, result_is_stdout=True))

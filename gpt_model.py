@@ -20,6 +20,7 @@ from utils.command_line import UserError
 from utils.decoding import StaticDecoder, graph_pays
 from utils.fused_loss import fused_cross_entropy
 from utils.tokenizer import GPT2_VOCAB_SIZE
+from utils.weights.schema import check_weights, size_problems
 
 PRETRAINED_CONFIGS = {
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
@@ -40,11 +41,7 @@ class GPTConfig:
     n_embd: int = 768
 
     def __post_init__(self):
-        problems = [f"{name}={value} is not a positive whole number" for name, value in asdict(self).items()
-                    if not isinstance(value, int) or value <= 0]  # fmt: skip
-        if not problems and self.n_embd % self.n_head:
-            problems.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
-        if problems:
+        if problems := size_problems(asdict(self)):
             raise UserError("model: " + "; ".join(problems), "GPT-2 124M has n_layer=12 n_head=12 n_embd=768")
 
 
@@ -306,13 +303,11 @@ class GPT(nn.Module):
         from utils.weights.checkpoint import load_model_file
 
         saved = load_model_file(path)
-        model = cls(GPTConfig(**saved["config"]))
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            reason = " ".join(str(error).split("\n")[1:2]).strip()[:200]
-            what = f"{path}: the weights do not match the config: {reason}"
-            raise UserError(what, "use an undamaged checkpoint") from error
+        config = GPTConfig(**saved["config"])
+        with torch.device("meta"):  # names and shapes are compared before any memory is allocated
+            check_weights(path, saved["model"], cls(config).state_dict())
+        model = cls(config)
+        model.load_state_dict(saved["model"])
         model.tokenizer_state = saved["tokenizer"]
         return model.to(device)
 

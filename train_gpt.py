@@ -546,4 +546,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, environment_local_rank()))
+    sys.exit(run_script(main, environment_local_rank))

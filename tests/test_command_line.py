@@ -28,7 +28,7 @@ def test_an_error_is_two_lines_and_an_exit_code(kind, code, capsys):
         raise kind("what is wrong", "what to do", one_rank_only=one_rank_only)
 
     for local_rank, one_rank_only, lines in ((0, False, 2), (1, False, 0), (1, True, 2)):
-        assert run_script(lambda only=one_rank_only: fail(only), local_rank) == code
+        assert run_script(lambda only=one_rank_only: fail(only), lambda rank=local_rank: rank) == code
         out, error = capsys.readouterr()
         assert out == "" and error.count("\n") == lines
         assert error in ("", "error: what is wrong\nhint: what to do\n")

@@ -475,7 +475,7 @@ def test_errors_of_the_user_are_two_lines(checkpoint, tmp_path):
         "has a character tokenizer": ["-m", characters, "--hellaswag-dir", FIXTURES],
         "hellaswag_val.jsonl:2: missing key 'ctx'": ["-m", checkpoint, "--hellaswag-dir", broken],
         "cannot write": ["-m", checkpoint, "--hellaswag-dir", FIXTURES, "--output", tmp_path / "no" / "x"],
-        "not a regular file": ["-m", checkpoint, "--hellaswag-dir", FIXTURES, "--output", folder],
+        "Is a directory": ["-m", checkpoint, "--hellaswag-dir", FIXTURES, "--output", folder],
         "losses are not finite": ["-m", broken_weights, "--hellaswag-dir", FIXTURES],
     }.items():
         started = time.perf_counter()

@@ -24,6 +24,10 @@ from utils.console import (
     watched_signals,
 )
 
+# Of flags and files: larger numbers overflow somewhere, and mean nothing in a training run.
+LARGEST_INT = 10**15
+LARGEST_NUMBER = 1e30
+
 
 class UserError(ValueError):
     """An error that only the user can fix: printed in two lines, without a traceback.
@@ -58,10 +62,15 @@ class ResultLost(Exception):
     """Standard output, the only result of a script, cannot be written any more."""
 
 
-def run_script(main: Callable[[], int | None], local_rank: int = 0, *, result_is_stdout: bool = False) -> int:
+def run_script(
+    main: Callable[[], int | None],
+    local_rank: Callable[[], int] = lambda: 0,
+    *,
+    result_is_stdout: bool = False,
+) -> int:
     """Runs a script's `main`, prints a UserError as two lines on stderr, and returns the exit code.
 
-    An error that all ranks raise alike is printed on local rank 0 of each machine only. A script whose only
+    An error that all ranks raise alike is printed where `local_rank()` is 0 only. A script whose only
     result is its standard output (`result_is_stdout`) ends when that is gone; any other one continues.
     """
 
@@ -74,13 +83,15 @@ def run_script(main: Callable[[], int | None], local_rank: int = 0, *, result_is
         return _run(main, local_rank)
 
 
-def _run(main: Callable[[], int | None], local_rank: int) -> int:
+def _run(main: Callable[[], int | None], local_rank: Callable[[], int]) -> int:
+    rank = 0
     try:
+        rank = local_rank()
         code = main() or 0
         sys.stdout.flush()
         return code
     except UserError as error:
-        if local_rank == 0 or error.one_rank_only:
+        if rank == 0 or error.one_rank_only:
             sys.stdout.flush()
             lines = printable(f"error: {error}\nhint: {error.hint}")
             print(lines, file=sys.stderr, flush=True)
@@ -151,31 +162,67 @@ def path_text(text: str) -> str:
 
 
 def positive_float(text: str) -> float:
-    """A finite number above zero."""
-    return _checked(float(text), text, positive=True)
+    """A number above zero, from 1e-30 to 1e30."""
+    return _checked(float, text, positive=True)
 
 
 def non_negative_float(text: str) -> float:
-    """A finite number, zero or above."""
-    return _checked(float(text), text)
+    """Zero, or a number from 1e-30 to 1e30."""
+    return _checked(float, text)
 
 
 def positive_int(text: str) -> int:
     """A whole number above zero; `1_000` is read as 1000."""
-    return _checked(int(text), text, positive=True)
+    return _checked(int, text, positive=True)
 
 
 def non_negative_int(text: str) -> int:
     """A whole number, zero or above."""
-    return _checked(int(text), text)
+    return _checked(int, text)
 
 
-def _checked(value: Any, text: str, *, positive: bool = False) -> Any:
-    if not abs(value) < math.inf:  # unlike math.isfinite, this accepts integers of any size
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+def _checked(kind: type[int] | type[float], text: str, *, positive: bool = False) -> Any:
+    given = text if len(text) <= 60 else f"{text[:40]}... ({len(text):,} characters)"
+    largest = LARGEST_INT if kind is int else LARGEST_NUMBER
+    try:
+        value = kind(text)
+    except ValueError:  # also for more digits than Python converts
+        value = math.nan
+    if not abs(value) <= largest:  # also true for NaN
+        name = "whole number" if kind is int else "finite number"
+        raise argparse.ArgumentTypeError(f"{given} is not a {name} (expected at most {largest:,})")
     if value < 0 or (positive and value == 0):
-        raise argparse.ArgumentTypeError(f"{text} is {'not above' if positive else 'below'} zero")
+        raise argparse.ArgumentTypeError(f"{given} is {'not above' if positive else 'below'} zero")
+    if 0 < value < 1 / LARGEST_NUMBER:
+        raise argparse.ArgumentTypeError(f"{given} is too close to zero (expected at least 1e-30)")
     return value
+
+
+def environment_int(name: str, default: int, lowest: int = 0, largest: int = 2**31 - 1) -> int:
+    """A whole number from an environment variable. Raises UserError, with its name, for anything else."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    # Not by int(): it reads "1_0" and has a limit of digits.
+    if not (re.fullmatch("[0-9]{1,18}", text) and lowest <= int(text) <= largest):
+        what = (
+            f"environment variable {name}={shown(text)} (expected a whole number from {lowest} to {largest})"
+        )
+        raise UserError(what, f"correct it, or remove it: unset {name}", one_rank_only=True)
+    return int(text)
+
+
+def shown(value: Any) -> str:
+    """A value of any kind for a message, in one short line."""
+    if isinstance(value, int) and value.bit_length() > 100:  # str() refuses more than 4300 digits
+        return f"a whole number of {value.bit_length()} bits"
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        text = repr(value[:60] if isinstance(value, (str, bytes)) else value)
+        return text if len(text) <= 60 else f"{text[:40]}... ({len(value):,} characters)"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    size = f" of {len(value):,}" if hasattr(value, "__len__") else ""
+    return f"a {type(value).__name__}{size}"
 
 
 def format_duration(seconds: float) -> str:

@@ -15,19 +15,20 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from utils.command_line import Unfinished, UserError
+from utils.command_line import Unfinished, UserError, environment_int
 
+LONGEST_TIMEOUT_SECONDS = 1e9  # nanoseconds of a longer one overflow
 MASTER_ALONE_TIMEOUT = timedelta(hours=12)  # longer than any download or checkpoint takes
 
 
 def environment_rank() -> int:
     """Rank of this process in the job, 0 when alone."""
-    return int(os.environ.get("RANK", 0))
+    return environment_int("RANK", 0)
 
 
 def environment_local_rank() -> int:
     """Rank of this process on its machine, 0 when alone."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return environment_int("LOCAL_RANK", 0)
 
 
 def launched_by_torchrun() -> bool:
@@ -37,7 +38,7 @@ def launched_by_torchrun() -> bool:
 
 def restart_count() -> int:
     """How many times torchrun has restarted this job (`--max-restarts`)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return environment_int("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 @dataclass
@@ -169,9 +170,10 @@ def join_job(device: torch.device, timeout_seconds: float = 600) -> Iterator[Dis
     variables are incomplete or contradict each other or the device, Unfinished if the job cannot be joined.
     """
     rank, local_rank = environment_rank(), environment_local_rank()
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size, port = environment_int("WORLD_SIZE", 1, 1), environment_int("MASTER_PORT", 1, 1, 65535)
+    restart_count()  # read later, but checked with the others
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
+    missing = [name for name in names if not os.environ.get(name)]
     if missing and world_size == 1:
         yield Distributed(device)
         return
@@ -181,19 +183,19 @@ def join_job(device: torch.device, timeout_seconds: float = 600) -> Iterator[Dis
     if not 0 <= rank < world_size:
         raise UserError(f"RANK={rank} but WORLD_SIZE={world_size}", "start with torchrun", one_rank_only=True)
     if device.type == "cuda":
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        local_size = environment_int("LOCAL_WORLD_SIZE", 1, 1)
         if device.index != local_rank and local_size > 1 and torch.cuda.device_count() > 1:
             what = f"process {local_rank} of {local_size} was given {device}"
             raise UserError(what, "use --device cuda", one_rank_only=True)
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=min(timeout_seconds, LONGEST_TIMEOUT_SECONDS))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         torch_dist.init_process_group(backend, timeout=timeout)
         control_group = torch_dist.new_group(backend="gloo", timeout=timeout)
         patient_group = torch_dist.new_group(backend="gloo", timeout=MASTER_ALONE_TIMEOUT)
     except (RuntimeError, ValueError) as error:  # torch raises RuntimeError for store and network failures
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{port}"
         reason = str(error).strip().split("\n")[0]
         what = f"rank {rank} cannot join the job at {address} over {backend}: {reason}"
         hint = "use torchrun --standalone, or another --master_port; can every node reach that address? "

@@ -10,12 +10,18 @@ import http.client
 import os
 import re
 import shutil
-import sys
+import stat
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from utils.console import warn
+
+# What fsync of a folder answers where it does not exist: CIFS, vboxsf and some FUSE file systems.
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
+LOCK_IS_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # flock's answers, by file system
 
 
 def sha256_of(path: Path) -> str:
@@ -52,37 +58,78 @@ def remove_temporary_files(folder: Path, name: str = "*") -> list[str]:
     return [path.name for path in leftovers]
 
 
+def destination(path: Path) -> Path | None:
+    """The regular file, existing or not, that writing to `path` replaces: of a symbolic link, its target.
+
+    None for a device, FIFO or socket, which is never replaced. Raises OSError for a folder.
+    """
+    try:
+        mode = os.stat(path).st_mode  # of the target: /dev/stdout is a link to what may be a pipe
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return Path(os.path.realpath(path)) if stat.S_ISREG(mode) else None
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError now if `whole_file` could not write `path`; an existing file is untouched."""
+    if (target := destination(path)) is not None:
+        probe = temporary_name(target)
+        probe.touch()
+        probe.unlink()
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 @contextmanager
 def whole_file(path: Path, mode: str = "w", *, durable: bool = False) -> Iterator[IO[Any]]:
     """Opens a file under a temporary name, which becomes `path` when the block ends without an exception.
 
+    Only a regular file is replaced: through a symbolic link, its target; a device or FIFO is written to, as
+    it is.
+
     Args:
         path: where it appears, replacing an earlier file; if anything fails, that one is untouched.
-        mode: as for `open`; text is UTF-8, in which a file name that is not UTF-8 appears as `\\udce9`.
-        durable: flush file and folder, so that a power cut, too, leaves the old file or the new one.
+        mode: as for `open`; text is UTF-8, with what has no UTF-8 (names of files may) as `\\udce9`.
+        durable: flush file and folder, so that a power cut, too, leaves the old file or the new one. A device
+            or FIFO is then an OSError.
     """
-    temporary = temporary_name(path)
+    options = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace")
+    target = destination(path)
+    if target is None:
+        if durable:
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        with open(path, mode, **options) as file:
+            yield file
+        return
+    temporary = temporary_name(target)
     try:
-        text = {} if "b" in mode else dict(encoding="utf-8", errors="backslashreplace")
-        with open(temporary, mode, **text) as file:
+        with open(temporary, mode, **options) as file:
             yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
         if durable:
-            sync_folder(path.parent)
+            sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes the entries of a folder, so that a rename survives a power cut. Windows has no such call."""
+    """Flushes the entries of a folder, so that a rename survives a power cut, where the system can."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # a folder that may be written, but not be read
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 
@@ -91,22 +138,45 @@ def sync_folder(folder: Path) -> None:
 def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds an exclusive lock on a file; the system releases it however this process ends.
 
-    The file is created if missing, and stays. Where locks do not exist (some network file systems, Windows)
-    the block runs without one, after a warning. Raises BlockingIOError if another process holds the lock
-    (with `wait`, the call waits for it instead), OSError if the file cannot be created.
+    The file is created if missing, and stays. Where it cannot be locked (some network file systems, Windows,
+    a lock file that others may not open) the block runs without a lock, after a warning. Raises
+    BlockingIOError if another process holds the lock (with `wait`, the call waits for it instead), OSError if
+    the file is missing and cannot be created.
     """
-    with open(path, "a") as file:
+    with ExitStack() as stack:
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = _open_lock_file(path)
+            stack.callback(os.close, descriptor)
+            _lock(descriptor, wait=wait)
         except BlockingIOError:
             raise
         except (ImportError, OSError) as error:
+            if not os.path.exists(path):
+                raise
             reason = getattr(error, "strerror", None) or error
-            message = f"warning: {path} cannot be locked ({reason}); let no other process use its folder"
-            print(message, file=sys.stderr)
+            warn(f"{path} cannot be locked ({reason}); let no other process use its folder")
         yield
+
+
+def _open_lock_file(path: Path) -> int:
+    """A descriptor of a lock file, which is created if missing; for reading only where that is allowed."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        if not os.path.exists(path):
+            raise
+        return os.open(path, os.O_RDONLY)  # of another user: a local file system locks it nevertheless
+
+
+def _lock(descriptor: int, *, wait: bool) -> None:
+    import fcntl  # not on Windows
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in LOCK_IS_HELD:
+            raise BlockingIOError(error.errno, error.strerror) from error
+        raise
 
 
 def download(url: str, path: Path, sha256: str, num_bytes: int | None = None) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from utils.command_line import UserError, format_duration
+from utils.command_line import UserError, format_duration, shown
 from utils.cpu_matmul import cpu_info, mkl_is_slow, use_fast_linear
 
 MINIMUM_TORCH = (2, 10)
@@ -68,12 +68,21 @@ def check_torch_version() -> None:
         raise UserError(what, f"pip install -U 'torch>={needed}'")
 
 
+def check_thread_count() -> None:
+    """Raises UserError for an OMP_NUM_THREADS that OpenMP would ignore, which is a line of libgomp only."""
+    text = os.environ.get("OMP_NUM_THREADS", "1")
+    if not re.fullmatch(r"\s*0*[1-9]\d{0,5}(\s*,\s*0*[1-9]\d{0,5})*\s*", text):
+        what = f"environment variable OMP_NUM_THREADS={shown(text)} (expected a number of threads)"
+        raise UserError(what, "correct it, or remove it: unset OMP_NUM_THREADS", one_rank_only=True)
+
+
 def choose_device(requested: str, local_rank: int = 0) -> Decision:
     """The torch.device for "auto", "cpu", "cuda", "cuda:N" or "mps".
 
     `local_rank` selects the GPU for "auto" and "cuda". Raises UserError if it is missing, or for old torch.
     """
     check_torch_version()
+    check_thread_count()
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     has_mps = torch.backends.mps.is_available()
     devices = ["cpu", *(f"cuda:{i}" for i in range(num_gpus)), *(["mps"] if has_mps else [])]

@@ -34,4 +34,6 @@ def write_json(path: Path | None, figures: dict[str, Any]) -> None:
         with whole_file(path) as file:
             file.write(json.dumps(figures, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "give --json another file") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}", "give --json another file"
+        ) from error

@@ -86,4 +86,4 @@ if __name__ == "__main__":
     train_gpt.update = update_with_fault
     if "WATCH" in os.environ:
         watch(Path(os.environ["WATCH"]))
-    sys.exit(run_script(train_gpt.main, RANK))
+    sys.exit(run_script(train_gpt.main, lambda: RANK))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import tiny_model
+from tests.conftest import ROOT, tiny_model
 from utils.command_line import UserError
 from utils.weights.checkpoint import (
     checkpoints_to_keep,
@@ -24,6 +24,8 @@ from utils.weights.checkpoint import (
     state_path,
     step_of,
 )
+
+FIXTURE = ROOT / "tests" / "fixtures" / "checkpoint_v1"
 
 
 def touch_pair(log_dir: Path, step: int) -> Path:
@@ -104,8 +106,9 @@ def test_a_checkpoint_has_the_predicted_size(tmp_path):
 def test_a_checkpoint_comes_back_with_its_fields(tmp_path):
     """By path and as the newest: the path and the content of both files."""
     model = tiny_model()
-    content = model_content(model, vars(model.config).copy(), 7, 1.5, {"name": "gpt2"})
-    path = save_pair(tmp_path, 7, content, {"windows": 448})
+    state = torch.load(FIXTURE / "optimizer_00009.pt", weights_only=True)
+    content = model_content(model, vars(model.config).copy(), 7, 1.5, state["tokenizer"])
+    path = save_pair(tmp_path, 7, content, {**state, "step": 7, "windows": 448})
     for checkpoint in (load_pair(path), newest_complete(tmp_path)):
         assert checkpoint.path == path
         assert checkpoint.model["step"] == 7 and checkpoint.state["windows"] == 448

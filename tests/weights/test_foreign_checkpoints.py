@@ -58,7 +58,7 @@ def test_a_nanogpt_checkpoint_gives_the_same_logits(tmp_path, prefix, capsys):
     assert again.config == model.config and again.tokenizer_state == {"name": "gpt2"}
     loaded = load_model_file(tmp_path / "ckpt.pt")
     assert loaded["step"] == 250 and loaded["val_loss"] == pytest.approx(1.4697)
-    assert "compute GELU exactly" in capsys.readouterr().out
+    assert "compute GELU exactly" in capsys.readouterr().err
 
 
 def test_missing_biases_of_nanogpt_become_zeros(tmp_path):
@@ -135,8 +135,15 @@ def test_build_nanogpt_is_refused_and_the_hint_converts_it(name, tmp_path):
 def test_a_foreign_checkpoint_cannot_be_resumed_from(tmp_path):
     """It has no optimizer file: --resume is an error, not a fresh start."""
     torch.save(nanogpt_content(tiny_model(vocab_size=50257)), tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="not a checkpoint of this project"):
+    with pytest.raises(UserError, match="ckpt.pt is not named model_") as caught:
         load_pair(tmp_path / "ckpt.pt")
+    torch.save(nanogpt_content(tiny_model(vocab_size=50257)), tmp_path / "model_1.pt")
+    with pytest.raises(UserError, match="has no optimizer file optimizer_1.pt beside it") as caught:
+        load_pair(tmp_path / "model_1.pt")
+    assert "--init-from" in caught.value.hint
+    torch.save({"format": "minigpt-ckpt"}, tmp_path / "optimizer_1.pt")
+    with pytest.raises(UserError, match="model_1.pt is not a checkpoint of this project"):
+        load_pair(tmp_path / "model_1.pt")
 
 
 @pytest.mark.parametrize("broken", [{"n_head": None}, {"n_layer": "2"}])
@@ -152,7 +159,7 @@ def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
     content = nanogpt_content(tiny_model(vocab_size=50257))
     content["model"] = {name: tensor for name, tensor in content["model"].items() if ".h.1." not in name}
     torch.save(content, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match=r"weights do not match the config: Missing key.*transformer.h.1"):
+    with pytest.raises(UserError, match=r"weights do not match the config: transformer.h.1.*is missing"):
         GPT.from_checkpoint(tmp_path / "ckpt.pt")
 
 

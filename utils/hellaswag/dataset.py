@@ -31,8 +31,15 @@ PUBLISHED_SHA256 = {
 
 
 def choose_directory(requested: str | Path | None) -> Path:
-    """`--hellaswag-dir` if given, else $HELLASWAG_DIR, else hellaswag/ at the repository root."""
-    return Path(requested or os.environ.get("HELLASWAG_DIR") or DEFAULT_DIR)
+    """`--hellaswag-dir` if given, else $HELLASWAG_DIR, else hellaswag/ at the repository root.
+
+    Raises UserError if the variable is set to an empty text, which names no folder.
+    """
+    from_environment = os.environ.get("HELLASWAG_DIR")
+    if requested is None and from_environment == "":
+        what = "environment variable HELLASWAG_DIR is empty (expected a folder)"
+        raise UserError(what, "correct it, or remove it: unset HELLASWAG_DIR")
+    return Path(requested or from_environment or DEFAULT_DIR)
 
 
 def find_or_download(directory: Path, split: str) -> Path:

@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from utils.command_line import UserError
-from utils.files import temporary_name, whole_file
+from utils.files import check_writable, whole_file
 from utils.text_files import lines_of
 
 
@@ -81,16 +82,20 @@ def summary(style: str, records: Sequence[dict[str, Any]], model_name: str) -> s
     return "\n".join(lines)
 
 
-def check_writable(path: Path) -> None:
-    """Raises UserError now if `write_results` would fail later; an existing file is untouched."""
-    hint, probe = "give --output another file", temporary_name(path)
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block, which writes to `path`, into a UserError."""
     try:
-        probe.touch()
-        probe.unlink()
+        yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", hint) from error
-    if path.exists() and not path.is_file():  # a folder, or /dev/null: the rename would fail, or replace it
-        raise UserError(f"cannot write {path}: not a regular file", hint)
+        what = f"cannot write {path}: {error.strerror or error}"
+        raise UserError(what, "give --output another file") from error
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError now if `write_results` would fail later; an existing file is untouched."""
+    with _writing(path):
+        check_writable(path)
 
 
 def write_results(path: Path, records: dict[str, list[dict[str, Any]]]) -> None:
@@ -103,11 +108,8 @@ def write_results(path: Path, records: dict[str, list[dict[str, Any]]]) -> None:
     for style in others:
         for line, other in zip(lines, records[style]):
             line[style] = {key: other[key] for key in other if key not in ("index", "label", "style")}
-    try:
-        with whole_file(path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}", "give --output another file") from error
+    with _writing(path), whole_file(path) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from utils.training.state import Progress, TrainState
 from utils.weights.checkpoint import (
     Checkpoint,
     best_path,
+    check_fits,
     load_pair,
     model_content,
     model_files,
@@ -209,6 +210,7 @@ def start_or_resume(
         path, step = checkpoint.path, checkpoint.state["step"]
         for warning in check_same_run(identity, checkpoint):
             warn(warning)
+        check_fits(checkpoint, state.model, state.optimizers)
         if path.resolve().parent == args.log_dir.resolve():
             archive_run(args.log_dir, checkpoints_after=step)
             cut_logs_back(args.log_dir, checkpoint.state["log"])

@@ -20,12 +20,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from utils.command_line import UserError
-from utils.files import sync_folder, whole_file
+from utils.command_line import UserError, shown
+from utils.console import warn
+from utils.files import destination, sync_folder, whole_file
 from utils.runtime import check_torch_version
+from utils.weights.file_kinds import WHAT_TO_GIVE, is_zip, refuse
 from utils.weights.foreign_checkpoints import conversion_command, convert, is_foreign
-
-FORMAT, VERSION = "minigpt-ckpt", 1
+from utils.weights.schema import (
+    FORMAT,
+    MODEL_FILE,
+    OPTIMIZERS,
+    STATE_FILE,
+    VERSION,
+    check_moments,
+    check_sizes,
+    check_weights,
+    checked,
+    is_int,
+)
 
 
 class Checkpoint(NamedTuple):
@@ -157,7 +169,10 @@ def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:
     """
     with ExitStack() as renames:  # last in, first out
         for path, content in reversed(contents.items()):
-            renames.callback(sync_folder, path.parent)
+            target = destination(path)
+            if target is None:
+                raise OSError(f"{path} is not a regular file, so it could not be read back")
+            renames.callback(sync_folder, target.parent)
             file = renames.enter_context(whole_file(path, "wb"))
             torch.save(content, file)
             file.flush()
@@ -180,7 +195,7 @@ def newest_complete(log_dir: Path) -> Checkpoint | None:
             try:
                 return load_pair(path)
             except UserError as error:
-                print(f"warning: {error}; trying the one before")
+                warn(f"{error}; trying the one before")
     if not paths:
         return None
     what = f"none of the {len(paths)} model files in {log_dir} can be resumed from"
@@ -190,31 +205,59 @@ def newest_complete(log_dir: Path) -> Checkpoint | None:
 
 def load_pair(path: Path) -> Checkpoint:
     """Reads both files of a checkpoint. Raises UserError unless both are intact and were saved together."""
-    model, state = load_model_file(path), load_checked(state_path(path))
-    if not _is_ours(state):
-        raise UserError(f"{state_path(path)} is not a checkpoint of this project", "resume from another one")
-    if state_path(path) == path:
+    model, twin = load_model_file(path), state_path(path)
+    if twin == path:  # a file is never its own twin
         what = f"{path} is not named model_*.pt, so its optimizer file cannot be found"
         raise UserError(what, "restore the names model_STEP.pt and optimizer_STEP.pt, side by side")
-    if model.get("save_id") != state.get("save_id"):
-        what = f"{path} and {state_path(path).name} were not saved together"
-        raise UserError(what, "resume from another checkpoint")
+    if not twin.exists():
+        hint = "restore it beside the model file, or start a new run from the weights with --init-from"
+        raise UserError(f"{path} has no optimizer file {twin.name} beside it to resume from", hint)
+    content = load_checked(twin)
+    if not _is_ours(content) or "save_id" not in model:
+        what = f"{twin if 'save_id' in model else path} is not a checkpoint of this project"
+        raise UserError(what, "resume from another one, or start from the weights with --init-from")
+    state = checked(content, STATE_FILE, twin)
+    for key in ("save_id", "step", "tokenizer"):
+        if model[key] != state[key]:
+            what = f"{path} and {twin.name} were not saved together: they differ in {key}"
+            raise UserError(what, "resume from another checkpoint")
     return Checkpoint(path, model, state)
 
 
+def check_fits(
+    checkpoint: Checkpoint, model: torch.nn.Module, optimizers: dict[str, torch.optim.Optimizer]
+) -> None:
+    """Raises UserError unless all tensors have the shapes that a run's model and optimizers need."""
+    state = checkpoint.state
+    check_weights(checkpoint.path, checkpoint.model["model"], model.state_dict())
+    # Until the first update that was not skipped, optimizers have no state.
+    may_be_empty = state["spikes"]["num_skipped"] >= state["step"]
+    for key, optimizer in optimizers.items():
+        groups = optimizer.param_groups
+        check_moments(state_path(checkpoint.path), key, state.get(key), groups, may_be_empty=may_be_empty)
+
+
 def load_model_file(path: str | Path) -> dict[str, Any]:
-    """The content of a model file of ours, or of nanoGPT. Raises UserError if it is missing or damaged."""
+    """The content of a model file of ours, or of nanoGPT, as `MODEL_FILE` describes it.
+
+    Raises UserError if it is missing, damaged, or contradicts the schema or the memory of this machine.
+    """
     path = Path(path)
     content = load_checked(path)
     if not _is_ours(content) and is_foreign(content):
         return convert(content, path)
-    if not _is_ours(content) or "config" not in content:
+    if not _is_ours(content):
         hint = "give a model_*.pt that train_gpt.py wrote"
         raise UserError(f"{path} is not a checkpoint of this project", hint)
-    if content.get("version") != VERSION:
-        what = f"{path} has format version {content.get('version')} (expected {VERSION})"
+    if not is_int(content.get("version"), VERSION, VERSION):
+        what = f"{path} has format version {shown(content.get('version'))} (expected {VERSION})"
         raise UserError(what, "use the version of this project that wrote it")
-    return content
+    if "model" not in content and content.keys() & OPTIMIZERS.keys():
+        what = f"{path} is an optimizer file, not a checkpoint's model file"
+        raise UserError(what, "give the model_*.pt beside it")
+    saved = checked(content, MODEL_FILE, path)
+    check_sizes(saved["config"], path)
+    return saved
 
 
 def _is_ours(content: Any) -> bool:
@@ -224,15 +267,16 @@ def _is_ours(content: Any) -> bool:
 def load_checked(path: Path) -> Any:
     """torch.load of plain values and tensors onto the CPU, after the archive's checksums were verified.
 
-    Raises UserError if the file is missing, damaged or holds code, or if PyTorch is too old to refuse code.
+    Raises UserError if the file is missing, damaged, of another kind or holds code, or if PyTorch is too old
+    to refuse code.
     """
     check_torch_version()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a checkpoint", WHAT_TO_GIVE)
     if not path.is_file():
         hint = "python train_gpt.py writes log/model_*.pt; ls log/ lists them"
         raise UserError(f"no checkpoint at {path}", hint)
-    if not _is_intact(path):
-        what = f"checkpoint {path} is damaged (truncated or not fully copied)"
-        raise UserError(what, "copy it again or use an earlier one")
+    _check_is_intact(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # UnpicklingError for code, RuntimeError for other archives
@@ -246,15 +290,27 @@ def load_checked(path: Path) -> Any:
         raise UserError(f"refusing to load {path}: {what}", hint) from error
 
 
-def _is_intact(path: Path) -> bool:
-    """Whether an archive's checksums are right; torch.load verifies none. Raises UserError if unreadable."""
+def _check_is_intact(path: Path) -> None:
+    """Raises UserError unless it is a zip archive with the right checksums; torch.load verifies none."""
+    try:
+        if not is_zip(path) and not zipfile.is_zipfile(path):
+            raise refuse(path)
+        is_intact = _has_right_checksums(path)
+    except OSError as error:
+        what = f"cannot read checkpoint {path}: {error.strerror or error}"
+        raise UserError(what, "check its permissions and the disk") from error
+    if not is_intact:
+        what = f"checkpoint {path} is damaged (truncated or not fully copied)"
+        raise UserError(what, "copy it again or use an earlier one")
+
+
+def _has_right_checksums(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             # No checksum covers the directory bit of an entry, whose data torch would not read.
             has_directories = any(entry.external_attr & 0x10 for entry in archive.infolist())
             return archive.testzip() is None and not has_directories
     except Exception as error:  # damaged headers raise many types, EINVAL for a negative offset
-        if not isinstance(error, OSError) or error.errno == errno.EINVAL:
-            return False
-        what = f"cannot read checkpoint {path}: {error.strerror or error}"
-        raise UserError(what, "check its permissions and the disk") from error
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        return False

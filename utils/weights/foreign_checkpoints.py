@@ -7,18 +7,27 @@ use GPT-2's parameter names.
 
 import pickle
 import re
-import shlex
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from utils.command_line import UserError
+from utils.console import warn
 from utils.distributed import environment_rank
 from utils.tokenizer import GPT2_VOCAB_SIZE
+from utils.weights.file_kinds import literal, python_command
 from utils.weights.pretrained import CAUSAL_MASKS
+from utils.weights.schema import (
+    LARGEST_SIZES,
+    WEIGHTS,
+    check_sizes,
+    checked,
+    find_problem,
+    is_int,
+    is_number,
+)
 
-SIZES = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
 MAX_PADDING = 1024  # ids; a vocabulary that is at most this much larger than GPT-2's is GPT-2's, padded
 WRAPPERS = re.compile(r"^((_orig_mod|module)\.)*")  # added by torch.compile and by DistributedDataParallel
 
@@ -28,31 +37,39 @@ def is_foreign(content: Any) -> bool:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         return False
     sizes = content.get("model_args", content.get("config"))
-    return isinstance(sizes, dict) and all(isinstance(sizes.get(name), int) for name in SIZES)
+    return isinstance(sizes, dict) and all(is_int(sizes.get(name)) for name in LARGEST_SIZES)
 
 
 def convert(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The content of a model file, from that of a foreign one. Raises UserError if its tokens are unknown."""
+    """The content of a model file, from that of a foreign one.
+
+    Raises UserError if its content is not as nanoGPT writes it, or if its tokens are unknown.
+    """
     is_nanogpt = "model_args" in content
     source = content["model_args" if is_nanogpt else "config"]
+    check_sizes(source, path)
+    if problem := find_problem(content["model"], WEIGHTS["model"], "model"):
+        raise UserError(f"{path}: {problem}", "use an undamaged checkpoint")
     tensors = content["model"].items()
     weights = {WRAPPERS.sub("", name): tensor for name, tensor in tensors if not name.endswith(CAUSAL_MASKS)}
     if source.get("bias") is False:  # nanoGPT's option leaves all biases out: zeros give the same logits
         for name, weight in list(weights.items()):
-            if name.startswith(("transformer.h.", "transformer.ln_f.")):
+            if name.startswith(("transformer.h.", "transformer.ln_f.")) and weight.dim():
                 weights[name.removesuffix("weight") + "bias"] = torch.zeros(len(weight), dtype=weight.dtype)
     if is_nanogpt and environment_rank() == 0:
         shift = "GPT-2's tanh approximation, used here, shifts its loss slightly"
-        print(f"warning: {path} is nanoGPT's, whose newer versions compute GELU exactly; {shift}")
+        warn(f"{path} is nanoGPT's, whose newer versions compute GELU exactly; {shift}")
     val_loss = content.get("best_val_loss" if is_nanogpt else "val_loss")
-    return {
+    if isinstance(val_loss, torch.Tensor) and val_loss.numel() == 1:
+        val_loss = val_loss.item()
+    converted = {
         "model": weights,
-        "config": {name: source[name] for name in SIZES},
-        "step": int(content.get("iter_num" if is_nanogpt else "step", 0)),
-        "val_loss": None if val_loss is None else float(val_loss),
+        "config": {name: source[name] for name in LARGEST_SIZES},
+        "step": content.get("iter_num" if is_nanogpt else "step", 0),
+        "val_loss": val_loss if is_number(val_loss) else None,  # before the first validation it is infinite
         "tokenizer": tokenizer_state(source["vocab_size"], path),
-        "versions": {},
     }
+    return checked(converted, WEIGHTS, path)
 
 
 def tokenizer_state(vocab_size: int, path: Path) -> dict[str, str]:
@@ -85,11 +102,9 @@ def conversion_command(path: Path) -> str:
     It runs no code from the file: an empty class replaces GPTConfig, and the loader remains the safe one.
     """
     plain = path.with_name(f"{path.stem}_plain.pt")
-    code = (
-        "import torch; GPTConfig = type('GPTConfig', (), {}); "
+    return python_command(
+        'import torch; GPTConfig = type("GPTConfig", (), {}); '
         "torch.serialization.add_safe_globals([GPTConfig]); "
-        f"c = torch.load({str(path)!r}, map_location='cpu', weights_only=True); "
-        f"c['config'] = vars(c['config']); torch.save(c, {str(plain)!r})"
+        f'c = torch.load({literal(path)}, map_location="cpu", weights_only=True); '
+        f'c["config"] = vars(c["config"]); torch.save(c, {literal(plain)})'
     )
-    # Double quotes where they suffice: easier to read, and valid in Windows' shell, too.
-    return f'python -c "{code}"' if set(code).isdisjoint('"$`') else f"python -c {shlex.quote(code)}"
