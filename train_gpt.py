@@ -33,6 +33,7 @@ from utils import runtime
 from utils.command_line import (
     Unfinished,
     UserError,
+    bits_per_byte,
     format_duration,
     non_negative_float,
     non_negative_int,
@@ -44,7 +45,14 @@ from utils.command_line import (
 )
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
-from utils.training.data_source import Data, available_tokenizer, check_model_reads, fetch, open_data
+from utils.training.data_source import (
+    Data,
+    available_tokenizer,
+    bytes_per_token,
+    check_model_reads,
+    fetch,
+    open_data,
+)
 from utils.training.dry_run import Plan, dry_run, outline_if_too_large
 from utils.training.flags import (
     Flags,
@@ -281,6 +289,7 @@ class Run(NamedTuple):
     data: Data
     train_loader: WindowLoader
     val_loader: WindowLoader
+    val_bytes_per_token: float  # of the targets of an evaluation
     hellaswag: list[Any]  # tokenized examples; empty where HellaSwag is off
     micro_steps: int  # of an update
     plan: Plan
@@ -324,7 +333,8 @@ def train(run: Run, log: RunLog) -> None:
         if progress.is_due("val", args.val_every, last=last):
             loss = evaluate(state.model, run.val_loader, args.val_tokens, dist, run.dtype, poll)
             stop_on_non_finite_val_loss(loss, progress.step, state.newest_checkpoint)  # before it is logged
-            log.log_validation(progress.step, loss, progress.windows * args.seq_len, progress.seconds)
+            tokens = progress.windows * args.seq_len
+            log.log_validation(progress.step, loss, run.val_bytes_per_token, tokens, progress.seconds)
             if progress.note_val_loss(loss):
                 save_best(state, run.identity, args, log, dist)
             progress.done.append("val")
@@ -443,7 +453,9 @@ def set_up(
     plan = Plan(args, model, train_loader, val_loader, micro_steps, dist, reasons)
     identity = identity_of(args, model, data, dist, dtype.value, compiled=compiles.value)
     loaders = (train_loader, val_loader)
-    return Run(args, dist, stop, dtype.value, state, data, *loaders, hellaswag, micro_steps, plan, identity)
+    val_bytes = bytes_per_token(val_loader, args.val_tokens, data)
+    rest = (val_bytes, hellaswag, micro_steps, plan, identity)
+    return Run(args, dist, stop, dtype.value, state, data, *loaders, *rest)
 
 
 def run_to_the_end(run: Run, lines: list[str]) -> int:
@@ -506,7 +518,9 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
         raise UserError(f"{args.init_from}: val loss {loss}", "use --dtype float32, or other weights")
     if dist.is_master:
         tokens = loader.num_val_windows(args.val_tokens) * args.seq_len
+        bits = bits_per_byte(loss, bytes_per_token(loader, args.val_tokens, data))
         result = f"val loss {loss:.4f} | perplexity {perplexity(loss)}"
+        result += f" | {bits:.4f} bits per byte" if bits is not None else ""
         print(f"{args.init_from}: {result} | {tokens:,} tokens of {data.val.name}")
     return 0
 

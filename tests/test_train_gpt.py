@@ -19,6 +19,7 @@ from tests.conftest import ROOT, run, tiny_model
 from tests.small_runs import TEXT, assert_same_losses, small_args
 from utils.data_loader import TextStream, WindowLoader
 from utils.distributed import Distributed
+from utils.tokenizer import gpt2_encoding, tokenizer_from_state
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,9 @@ def test_eval_only_gives_the_val_loss_of_the_log(finished_run, capsys):
     logged = (log_dir / "log.txt").read_text().split(" val ")[-1].split()[0]
     flags = ("--eval-only", "--init-from", str(log_dir / "model_00030.pt"), "--micro-batch", "7")
     assert train_gpt.main(small_args(text_file, log_dir, *flags)) == 0
-    loss, perplexity = re.search(r"val loss (\S+) \| perplexity (\S+) \|", capsys.readouterr().out).groups()
+    out = capsys.readouterr().out
+    loss, perplexity, bits = re.search(r"val loss (\S+) \| perplexity (\S+) \| (\S+) bits", out).groups()
+    assert float(bits) == pytest.approx(float(logged) / math.log(2), abs=1e-4)  # one byte a character
     assert loss == logged and float(perplexity) == pytest.approx(math.exp(float(logged)), rel=1e-3)
 
 
@@ -134,6 +137,28 @@ def test_accumulation_changes_rounding_only(text_file, tmp_path):
         flags = ("--max-steps", "8", "--micro-batch", micro_batch, "--sample-every", "0")
         assert train_gpt.main(small_args(text_file, tmp_path / micro_batch, *flags)) == 0
     assert_same_losses(tmp_path / "1", tmp_path / "8")
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_bits_per_byte_divide_the_loss_by_the_bytes_of_the_text(tokenizer, tmp_path):
+    """All tokens' bytes, of characters as UTF-8, of BPE tokens also where a token is part of a character."""
+    text = tmp_path / "text.txt"
+    text.write_text("Größe, café, 日本の猫 🐈‍⬛!\n" * 90, encoding="utf-8")
+    flags = ("--tokenizer", tokenizer, "--max-steps", "1", "--sample-every", "0")
+    assert train_gpt.main(small_args(text, tmp_path / "log", *flags)) == 0
+    records = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    record = next(record for record in records if record["kind"] == "val")
+    state = GPT.load(tmp_path / "log" / "model_00001.pt").tokenizer_state
+    ids = tokenizer_from_state(state).encode(text.read_text("utf-8"))
+    val = ids[int(0.9 * len(ids)) :]
+    targets = val[1 : (len(val) - 1) // 16 * 16 + 1].tolist()  # of whole windows
+    if tokenizer == "char":
+        num_bytes = len("".join(state["characters"][i] for i in targets).encode("utf-8"))
+    else:
+        num_bytes = len(gpt2_encoding().decode_bytes(targets))
+    assert record["bits_per_byte"] == pytest.approx(
+        record["loss"] * len(targets) / math.log(2) / num_bytes, rel=1e-9
+    )
 
 
 def test_fine_tuning_starts_from_the_checkpoint(finished_run, tmp_path):

@@ -245,3 +245,8 @@ def format_bytes(num_bytes: float) -> str:
 def perplexity(loss: float) -> str:
     """exp(loss): the number of equally likely tokens with the same loss, in nats."""
     return f"{math.exp(min(loss, 700)):,.2f}"
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:
+    """A loss in nats per token as bits per byte of text, which compares tokenizers; None without bytes."""
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else None

@@ -156,6 +156,12 @@ class WindowLoader:
         """Number of windows for an evaluation on `num_tokens` tokens, at most the whole stream."""
         return min(max(1, num_tokens // self.seq_len), self.windows_per_epoch)
 
+    def val_bytes(self, num_tokens: int, token_bytes: np.ndarray) -> int:
+        """Bytes of the targets in an evaluation on `num_tokens`, given those of each token, (V,)."""
+        targets = range(1, self.num_val_windows(num_tokens) * self.seq_len + 1)
+        pieces = (targets[start : start + (1 << 20)] for start in range(0, len(targets), 1 << 20))
+        return sum(int(token_bytes[self.stream.read(piece[0], len(piece))].sum()) for piece in pieces)
+
     def val_batches(self, num_tokens: int) -> Iterator[tuple[Tensor, Tensor] | None]:
         """Yields this rank's share of the first `num_tokens` tokens, in order.
 

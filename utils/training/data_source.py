@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.command_line import UserError
 from utils.console import warn
-from utils.data_loader import TokenStream, split_text
+from utils.data_loader import TokenStream, WindowLoader, split_text
 from utils.distributed import Distributed
 from utils.files import download
 from utils.shards.documents import (
@@ -174,6 +174,12 @@ def read_source(source: Source, dist: Distributed) -> tuple[str, Iterable[list[s
     if len(documents) == 1:
         return text, None
     return "", [[text for text in documents if text.strip()]]
+
+
+def bytes_per_token(loader: WindowLoader, num_tokens: int, data: Data) -> float:
+    """Mean bytes of the targets in an evaluation on `num_tokens` tokens of the val stream."""
+    num_targets = loader.num_val_windows(num_tokens) * loader.seq_len
+    return loader.val_bytes(num_tokens, data.tokenizer.token_bytes()) / num_targets
 
 
 def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -> None:
