@@ -17,6 +17,7 @@ import train_gpt
 from gpt_model import GPT
 from tests.conftest import ROOT, run, tiny_model
 from tests.small_runs import TEXT, assert_same_losses, small_args
+from utils.command_line import UserError
 from utils.data_loader import TextStream, WindowLoader
 from utils.distributed import Distributed
 from utils.tokenizer import gpt2_encoding, tokenizer_from_state
@@ -215,13 +216,49 @@ def test_evaluation_is_exact_for_any_micro_batch():
     stream = TextStream("t", np.random.RandomState(0).randint(0, 97, 400).astype(np.uint16), 0, {})
     model, alone = tiny_model(), Distributed(torch.device("cpu"))
     losses = [
-        train_gpt.evaluate(model, WindowLoader(stream, 16, micro_batch), 10**6, alone, torch.float32)
+        train_gpt.evaluate(
+            model, WindowLoader(stream, 16, micro_batch).val_batches(10**6), alone, torch.float32
+        )
         for micro_batch in (1, 7, 100)
     ]
     rows = torch.from_numpy(stream.tokens[:385].astype(np.int64))
     logits, truth = model(rows[:384].view(24, 16), rows[1:].view(24, 16))
     assert max(losses) - min(losses) < 1e-6
     assert abs(losses[0] - truth.item()) < 1e-5
+
+
+@pytest.mark.parametrize(("num_tokens", "stride"), [(100, 16), (100, 5), (97, 1), (17, 4), (9, 16), (2, 3)])
+def test_every_token_but_the_first_is_scored_once_with_its_context(num_tokens, stride):
+    """The mean of the losses that the model gives one by one, each after the context of its window."""
+    T, model, alone = 16, tiny_model(), Distributed(torch.device("cpu"))
+    tokens = np.random.RandomState(0).randint(0, 97, num_tokens).astype(np.uint16)
+    loader = WindowLoader(TextStream("t", tokens, 0, {}), T, 3)
+    loss = train_gpt.evaluate(model, loader.sliding_batches(stride), alone, torch.float32)
+    ids, expected, start = torch.from_numpy(tokens.astype(np.int64)), [], 0
+    for target in range(1, num_tokens):
+        while target > start + T:  # the window slides
+            start += stride
+        logits = model(ids[None, start:target])[0][0, -1]
+        expected.append(torch.nn.functional.cross_entropy(logits, ids[target]).item())
+    assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    parts = [list(WindowLoader(loader.stream, T, 3, rank, 3).sliding_batches(stride)) for rank in range(3)]
+    assert len({len(part) for part in parts}) == 1  # for collectives
+    scored = [batch[1][batch[1] >= 0] for part in parts for batch in part if batch is not None]
+    assert torch.equal(torch.cat(scored).sort().values, ids[1:].sort().values)
+
+
+def test_a_part_of_a_text_is_evaluated_whole(finished_run, tmp_path, capsys):
+    """All of a text shorter than the block, and the train part with overlapping windows."""
+    _, log_dir, text_file = finished_run
+    short = tmp_path / "short.txt"
+    short.write_text("the dog")
+    flags = ("--eval-only", "--init-from", str(log_dir / "model_00030.pt"), "--device", "cpu", "--eval-part")
+    assert train_gpt.main([*flags, "all", "--data", str(short)]) == 0
+    assert re.search(r": all loss \d.* \| 6 tokens of .*short.txt\n$", capsys.readouterr().out)
+    assert train_gpt.main([*flags, "train", "--data", str(text_file), "--stride", "4"]) == 0
+    assert f"| {int(0.9 * len(TEXT) * 300) - 1:,} tokens of " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--stride 17 is more than the 16 tokens of a window"):
+        train_gpt.main([*flags, "val", "--data", str(text_file), "--stride", "17"])
 
 
 def test_deterministic_runs_are_equal(text_file, tmp_path):

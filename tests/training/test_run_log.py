@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,14 @@ def test_every_result_is_a_line_of_the_log_and_a_record(tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records == [
         {"kind": "run", "step": 0, "settings": {"seed": 1}},
-        {"kind": "val", "step": 0, "loss": 10.98765, "tokens": 0, "seconds": 0.0},
+        dict(
+            kind="val",
+            step=0,
+            loss=10.98765,
+            bits_per_byte=10.98765 / math.log(2) / 4,
+            tokens=0,
+            seconds=0.0,
+        ),
         dict(kind="train", step=0, loss=10.9, lr=6e-4, norm=1.25, skipped=3, seconds=0.5, mfu=0.4, memory=7),
         {"kind": "hella", "step": 1, "accuracy": 0.25, "correct": 1, "examples": 4},
     ]

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils.command_line import UserError
 from utils.console import warn
-from utils.data_loader import TokenStream, WindowLoader, split_text
+from utils.data_loader import TextStream, TokenStream, WindowLoader, split_text
 from utils.distributed import Distributed
 from utils.files import download
 from utils.shards.documents import (
@@ -176,10 +176,23 @@ def read_source(source: Source, dist: Distributed) -> tuple[str, Iterable[list[s
     return "", [[text for text in documents if text.strip()]]
 
 
-def bytes_per_token(loader: WindowLoader, num_tokens: int, data: Data) -> float:
-    """Mean bytes of the targets in an evaluation on `num_tokens` tokens of the val stream."""
-    num_targets = loader.num_val_windows(num_tokens) * loader.seq_len
-    return loader.val_bytes(num_tokens, data.tokenizer.token_bytes()) / num_targets
+def part_of(data: Data, part: str) -> TokenStream:
+    """The stream of a part of the data: "train", "val", or "all" of a text, in its order.
+
+    Raises UserError for all of a folder of shards.
+    """
+    if part != "all":
+        return data.val if part == "val" else data.train
+    if not isinstance(data.train, TextStream):
+        what = f"--eval-part all reads a text, and {data.train.name} are shards"
+        raise UserError(what, "give --eval-part train or val, or --data a text")
+    tokens = np.concatenate([data.train.tokens, data.val.tokens])
+    return TextStream(data.train.name, tokens, 0, data.train.fingerprint())
+
+
+def bytes_per_token(loader: WindowLoader, num_targets: int, tokenizer: Tokenizer) -> float:
+    """Mean bytes of the first `num_targets` targets of a stream."""
+    return loader.target_bytes(num_targets, tokenizer.token_bytes()) / num_targets
 
 
 def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -> None:

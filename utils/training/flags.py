@@ -92,29 +92,38 @@ def settings_of(args: Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-# Flags that mean nothing together with others: (why, condition, names).
-EVALUATION_FLAGS = (
-    *("eval_only", "init_from", "data", "tokenizer", "seq_len", "micro_batch", "val_tokens"),
-    *("device", "dtype", "log_dir", "dist_timeout", "preset"),
-)
-UNUSED: tuple[tuple[str, Callable[[Namespace], bool], tuple[str, ...]], ...] = (
-    ("with --val-every 0", lambda args: not args.val_every and not args.eval_only, ("val_tokens",)),
-    ("with --sample-every 0", lambda args: not args.sample_every, ("sample_prompt",)),
-    (
-        "with --hellaswag-every 0",
-        lambda args: not args.hellaswag_every,
-        ("hellaswag_examples", "hellaswag_dir"),
-    ),
-    ("without --dry-run", lambda args: not args.dry_run, ("cost_per_hour",)),
-)
+EVALUATION_FLAGS = {
+    *("eval_only", "eval_part", "stride", "init_from", "data", "tokenizer", "seq_len", "micro_batch"),
+    *("val_tokens", "device", "dtype", "log_dir", "dist_timeout", "preset"),
+}
+
+
+def unused_flags(args: Namespace) -> dict[str, str]:
+    """Settings that mean nothing together with others, and why."""
+    unused = {}
+    if not args.val_every and not args.eval_only:
+        unused["val_tokens"] = "with --val-every 0"
+    if not args.sample_every:
+        unused["sample_prompt"] = "with --sample-every 0"
+    if not args.hellaswag_every:
+        unused.update(dict.fromkeys(("hellaswag_examples", "hellaswag_dir"), "with --hellaswag-every 0"))
+    if not args.dry_run:
+        unused["cost_per_hour"] = "without --dry-run"
+    if not args.eval_only:
+        unused.update(dict.fromkeys(("eval_part", "stride"), "without --eval-only"))
+    elif args.eval_part:
+        unused["val_tokens"] = "with --eval-part"
+    else:
+        unused["stride"] = "without --eval-part"
+    if args.eval_only:
+        others = settings_of(args).keys() - EVALUATION_FLAGS
+        unused.update(dict.fromkeys(others, "with --eval-only"))
+    return unused
 
 
 def warn_of_unused(args: Namespace) -> None:
     """Warns of flags on the command line that this run does not use."""
-    unused = {name: why for why, holds, names in UNUSED if holds(args) for name in names}
-    if args.eval_only:
-        others = settings_of(args).keys() - set(EVALUATION_FLAGS)
-        unused.update(dict.fromkeys(sorted(others), "with --eval-only"))
+    unused = unused_flags(args)
     found = [f"{flag_of(name)} ({unused[name]})" for name in args.typed if name in unused]
     if found:
         warn(f"not used: {', '.join(found)}")
