@@ -11,6 +11,7 @@ if __name__ == "__main__":
     begin_script()
 
 import io
+import os
 import sys
 from argparse import Namespace
 from contextlib import suppress
@@ -64,7 +65,7 @@ def sample_texts(
 def read_prompt(argument: str | None) -> str:
     """The prompt that -p names: None or `-` is standard input, `FILE:path` a file, anything else is text."""
     if argument is not None and argument.startswith("FILE:"):
-        return read_text(Path(path_text(argument[len("FILE:") :])), flag="-p FILE:")
+        return read_text(Path(os.path.expanduser(argument[len("FILE:") :])), flag="-p FILE:")
     name = "standard input" if argument in (None, "-") else "-p"
     try:
         # Bytes that are not UTF-8 arrive as surrogates.

@@ -99,7 +99,7 @@ class CharTokenizer:
                 some, count = "".join(unknown[:20]), len(unknown)
                 warn(f"{count} characters are not in the vocabulary and left out: {some!r}")
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        return np.array([self._id_of[c] for c in text if c in self._id_of], dtype=dtype)
+        return np.fromiter((self._id_of[c] for c in text if c in self._id_of), dtype=dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[int(i)] for i in ids)

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -147,16 +148,15 @@ def tokenize(
             warn(f"{source.path}: documents are joined by blank lines: characters have no {END_OF_TEXT}")
         text = "\n\n".join(text.strip("\r\n") for text in chain.from_iterable(documents))
         # Lone surrogates, which JSON can hold, become U+FFFD, as in tiktoken.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         documents = None
     if tokenizer_state["name"] == "char" and "characters" not in tokenizer_state:
         tokenizer = CharTokenizer("".join(sorted(set(text))))
     else:
         tokenizer = tokenizer_from_state(tokenizer_state)
     if documents is None:
-        data = text.encode()
-        fingerprint = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        return tokenizer, tokenizer.encode(text), fingerprint
+        tokens, data = tokenizer.encode(text), text.encode()
+        return tokenizer, tokens, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     tokens = np.concatenate([encode_one_by_one(()), *map(encode_one_by_one, documents)])
     count = int(np.count_nonzero(tokens == END_OF_TEXT_ID))
     return tokenizer, tokens, {"documents": count, "sha256": hashlib.sha256(tokens.data).hexdigest()}

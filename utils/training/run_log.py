@@ -41,7 +41,8 @@ class RunLog:
             return
         log_dir.mkdir(parents=True, exist_ok=True)
         # Line-buffered: a kill loses no line, and a full disk is noticed at once.
-        self.files = {name: open(log_dir / name, "a", buffering=1, encoding="utf-8") for name in LOGS}
+        options = dict(buffering=1, encoding="utf-8", errors="backslashreplace")  # as whole_file does
+        self.files = {name: open(log_dir / name, "a", **options) for name in LOGS}
         if sys.stderr.isatty() and find_spec("tqdm"):
             from tqdm import tqdm
 
