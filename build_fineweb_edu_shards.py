@@ -30,7 +30,14 @@ import numpy as np
 from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
 from utils.console import printable, warn
 from utils.files import locked, remove_temporary_files, sha256_of, temporary_name
-from utils.shards.documents import TEXT_FIELD, DocumentSource, Position, parts_from, read_documents
+from utils.shards.documents import (
+    TEXT_FIELD,
+    DocumentSource,
+    Position,
+    is_text,
+    parts_from,
+    read_documents,
+)
 from utils.shards.encoder import encode_in_batches, encode_one_by_one
 from utils.shards.format import find_all_shards, write_shard
 from utils.shards.hub import HubFiles
@@ -55,9 +62,11 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     """Parses the command line. Raises UserError for flags that contradict each other."""
     parser = ArgumentParser(prog="build_fineweb_edu_shards.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    input_help = "files, globs or folders: .parquet .jsonl .jsonl.gz .txt"
+    input_help = "files, globs or folders: .parquet .jsonl .json .txt, the last three also packed: .gz .zst"
     add("--input", nargs="+", type=path_text, metavar="FILE", help=input_help)
     add("--text-field", default=TEXT_FIELD, help="parquet column or jsonl field that contains the text")
+    bad_help = "rows with no text, no JSON or no UTF-8: stop at the first, or skip and count them"
+    add("--bad-rows", choices=("stop", "skip"), default="stop", help=bad_help)
     add("--output-dir", type=Path, default=ROOT / "edu_fineweb10B", help="folder for the shards")
     add("--shard-tokens", type=positive_int, default=SHARD_TOKENS, help="number of tokens per shard")
     add("--max-shards", type=positive_int, help="stop after this many shards, val included; default: all")
@@ -102,13 +111,15 @@ def pack(
         available = queue.fill(2 * shard_tokens if number == 0 else shard_tokens)
         if available == 0:
             if number == 0:
-                raise UserError("the input contains no documents", "check --input and --text-field")
+                found = f" ({queue.trailing_rows:,} rows without text)" if queue.trailing_rows else ""
+                raise UserError(f"the input contains no documents{found}", "check --input and --text-field")
             manifest.complete = True
+            manifest.skipped_rows = queue.skipped_rows + queue.trailing_rows
             manifest.save()
             break
         count = val_length(queue, shard_tokens, val_tokens) if number == 0 else min(shard_tokens, available)
         sha256 = write_shard(manifest.folder / manifest.next_name(), queue.take(count), count)
-        manifest.add(sha256, count, queue.documents, queue.position)
+        manifest.add(sha256, count, queue.documents, queue.position, queue.skipped_rows)
 
 
 def val_length(queue: TokenQueue, shard_tokens: int, val_tokens: int | None) -> int:
@@ -158,7 +169,7 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest) -> None:
     with TokenizerPool(args.num_workers) as pool:
         # While the processes start: the fast backend must produce tiktoken's own tokens for this input.
         first = min([*missing, len(manifest.shards)])
-        sample = read_sample(source, args.text_field, manifest.start_of(first)[0])
+        sample = read_sample(source, args.text_field, args.bad_rows, manifest.start_of(first)[0])
         backend = encode_in_batches
         if not np.array_equal(encode_in_batches(sample), encode_one_by_one(sample)):
             warn("batches differ from tiktoken's own tokens on this input")
@@ -167,9 +178,9 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest) -> None:
         print(f"encoding {name}: compared with tiktoken on the first {len(sample)} documents")
 
         def queue_from(index: int, on_tokens: Callable[[int], object] = lambda count: None) -> TokenQueue:
-            position, documents = manifest.start_of(index)
-            blocks = pool.blocks(source, args.text_field, position, backend)
-            return TokenQueue(blocks, position, documents, on_tokens)
+            position, documents, skipped_rows = manifest.start_of(index)
+            blocks = pool.blocks(source, args.text_field, position, backend, args.bad_rows)
+            return TokenQueue(blocks, position, documents, on_tokens, skipped_rows)
 
         for index in missing:
             rebuild(manifest, index, queue_from(index))
@@ -182,10 +193,10 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest) -> None:
             pack(manifest, queue, args.max_shards, lambda number: bar.set_description(f"shard {number}"))
 
 
-def read_sample(source: DocumentSource, text_field: str, position: Position) -> list[str]:
+def read_sample(source: DocumentSource, text_field: str, bad_rows: str, position: Position) -> list[str]:
     """The start of the first documents from a position on."""
     part = next(parts_from(source, text_field, position), None)
-    texts = read_documents(part, text_field)[:SAMPLE_DOCUMENTS] if part else []
+    texts = read_documents(part, text_field, bad_rows=bad_rows)[:SAMPLE_DOCUMENTS] if part else []
     return [text[:SAMPLE_CHARACTERS] for text in texts]
 
 
@@ -276,7 +287,8 @@ def settings_of(args: Namespace, source: DocumentSource) -> dict[str, Any]:
         "merges_sha256": MERGES_SHA256,
         "shard_tokens": args.shard_tokens,
         "val_tokens": args.val_tokens,
-        "text_field": args.text_field if any(kind != "text" for kind in source.kinds) else None,
+        "text_field": args.text_field if not all(map(is_text, source.kinds)) else None,
+        "bad_rows": args.bad_rows,
         "source": source.describe(),
     }
 
@@ -347,6 +359,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = settings_of(args, source)
         if manifest is None or not manifest.shards:  # an attempt without a shard may be replaced
             manifest = Manifest(args.output_dir, settings)
+        if args.bad_rows == "skip":  # what a build that stops at bad rows has written has none
+            manifest.settings["bad_rows"] = "skip"
         manifest.check_settings(settings)
         done = is_done(manifest, args.max_shards)
         manifest.check_folder(next_allowed=not done)
@@ -359,9 +373,10 @@ def main(arguments: list[str] | None = None) -> int:
             manifest.save()
             build(args, source, manifest)
     documents = manifest.shards[-1]["documents"]
+    skipped = f"; {manifest.skipped_rows:,} rows without text skipped" if args.bad_rows == "skip" else ""
     print(
         f"{'nothing to do' if done else 'done'}: {len(manifest.shards)} shards in {args.output_dir}, "
-        f"{manifest.num_tokens:,} tokens of {documents:,} documents"
+        f"{manifest.num_tokens:,} tokens of {documents:,} documents{skipped}"
     )
     return 0
 

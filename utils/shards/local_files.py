@@ -9,16 +9,9 @@ from typing import Any
 
 from utils.command_line import UserError
 from utils.files import sha256_of
-from utils.shards.documents import (
-    BYTES_PER_TOKEN,
-    KINDS,
-    TOKENS_PER_DOCUMENT,
-    check_kind,
-    kind_of,
-    open_parquet,
-    read_errors,
-)
-from utils.text_files import first_bytes, kind_of_bytes, wrong_kind
+from utils.shards.documents import KINDS, TOKENS_PER_DOCUMENT, bytes_per_token, check_kind, is_text, kind_of
+from utils.shards.rows import open_parquet
+from utils.text_files import first_bytes, kind_of_bytes, read_errors, wrong_kind
 
 PROBE_BYTES = 1 << 16  # at both ends of a file, for its fingerprint
 NAMES_SHOWN = 3  # of the files that are left out for one reason
@@ -54,12 +47,14 @@ class LocalFiles:
         num_tokens = num_documents = 0
         for path, kind in zip(self.paths, self.kinds, strict=True):
             check_kind(path, kind)
-            tokens_of_file = int(path.stat().st_size / BYTES_PER_TOKEN[kind])
+            tokens_of_file = int(path.stat().st_size / bytes_per_token(kind))
             num_tokens += tokens_of_file
             if kind == "parquet":
                 num_documents += open_parquet(path, text_field).metadata.num_rows
+            elif is_text(kind):
+                num_documents += 1
             else:
-                num_documents += 1 if kind == "text" else max(1, tokens_of_file // TOKENS_PER_DOCUMENT)
+                num_documents += max(1, tokens_of_file // TOKENS_PER_DOCUMENT)
         return num_tokens, num_documents
 
     def checksums(self) -> list[dict[str, Any]]:
