@@ -344,12 +344,11 @@ def load_model_and_data(args: Namespace, dist: Distributed) -> tuple[GPT, Data]:
     args.seq_len = args.seq_len or model.config.block_size
     tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
     data = open_data(fetch(args.data, dist), tokenizer, args.seq_len, dist)
-    if model is None:
-        sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-        config = GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
-        # A dry run reports that a model is too large, without trying to allocate it.
-        outline = outline_if_too_large(lambda: GPT(config), dist) if args.dry_run else None
-        model = outline or GPT(config).to(dist.device)
+    sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
+    config = model.config if model else GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
+    # Too large a model is an error before anything is allocated; a dry run reports it.
+    outline = outline_if_too_large(lambda: GPT(config), args, dist)
+    model = outline or model or GPT(config).to(dist.device)
     check_model_reads(model.config, args.seq_len, data.tokenizer)
     return model, data
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from utils.command_line import format_bytes, format_duration
+from utils.command_line import UserError, format_bytes, format_duration
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed
 from utils.fused_loss import loss_backend
@@ -109,13 +109,32 @@ class Plan:
         return lines
 
 
-def outline_if_too_large(build: Callable[[], "GPT"], dist: Distributed) -> "GPT | None":
-    """The model on the meta device if weights, gradients and moments exceed the known memory, else None."""
+def outline_if_too_large(build: Callable[[], "GPT"], args: Namespace, dist: Distributed) -> "GPT | None":
+    """None if what is certainly needed fits the known memory, before anything of its size is allocated.
+
+    That is `least_bytes`. If it exceeds the memory, a dry run gets the model on the meta device, to report
+    that; otherwise UserError is raised.
+    """
     with torch.device("meta"):
         outline = build()
-    memory = memory_bytes(dist.device)
-    too_large = memory is not None and STATE_BYTES * outline.num_parameters() > memory
-    return outline if dist.max_number(too_large) else None  # on all ranks alike
+    needed, memory = least_bytes(outline, args), memory_bytes(dist.device)
+    too_large = memory is not None and needed > memory
+    if not dist.max_number(too_large):  # on all ranks alike
+        return None
+    if not args.dry_run:
+        has = f"{dist.device} has {format_bytes(memory)}" if too_large else "another rank has less"
+        what = f"{outline.num_parameters():,} parameters with --micro-batch {args.micro_batch} need at least"
+        hint = "use a smaller model (--n-layer, --n-embd) or --micro-batch"
+        raise UserError(f"{what} {format_bytes(needed)} of memory, {has}", hint)
+    return outline
+
+
+def least_bytes(model: "GPT", args: Namespace) -> int:
+    """Bytes without which no micro-batch can be computed: parameters, their state, one activation a layer."""
+    tokens = args.seq_len * (1 if args.micro_batch == "auto" else args.micro_batch)
+    if args.eval_only:
+        return 4 * model.num_parameters() + 8 * tokens
+    return STATE_BYTES * model.num_parameters() + 4 * tokens * model.config.n_layer * model.config.n_embd
 
 
 def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
@@ -129,7 +148,8 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
     device, minimum = plan.dist.device, format_bytes(STATE_BYTES * plan.model.num_parameters())
     if state.model.lm_head.weight.is_meta:  # see outline_if_too_large
         memory = format_bytes(memory_bytes(device))
-        needed = f"parameters, gradients and moments alone take {minimum}"
+        least = format_bytes(least_bytes(plan.model, plan.args))
+        needed = f"parameters, gradients and moments take {minimum}, with activations at least {least}"
         say(f"memory: {needed}, {device} has {memory}: this does not fit, so nothing is measured")
         return 0
     seconds = []

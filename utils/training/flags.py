@@ -11,6 +11,8 @@ from utils.command_line import ArgumentParser, UserError, positive_int
 from utils.training.data_source import choose_source
 from utils.weights.checkpoint import newest_model_file
 
+MOST_TIMES = 10**6  # that a run is evaluated or saved: the plan of a run lists them
+
 T = TypeVar("T")
 
 
@@ -113,6 +115,11 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
         problems.append(f"--warmup-steps {args.warmup_steps} is more than --max-steps {args.max_steps}")
     if args.seed >= 2**32:
         problems.append(f"--seed {args.seed} is not below 2**32")
+    for name in ("val_every", "hellaswag_every", "sample_every", "checkpoint_every"):
+        every = getattr(args, name)
+        if every and args.max_steps // every > MOST_TIMES:
+            flag, times = name.replace("_", "-"), f"{args.max_steps // every:,}"
+            problems.append(f"--{flag} {every} in --max-steps {args.max_steps} is {times} times")
     if args.min_lr > args.max_lr:
         problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
     try:
