@@ -45,22 +45,13 @@ from utils.command_line import (
 )
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
-from utils.training.data_source import (
-    Data,
-    available_tokenizer,
-    bytes_per_token,
-    check_model_reads,
-    fetch,
-    open_data,
-    part_of,
-)
-from utils.training.dry_run import Plan, dry_run, outline_if_too_large
+from utils.training.data_source import Data, bytes_per_token, part_of
+from utils.training.dry_run import Plan, dry_run
 from utils.training.flags import (
     Flags,
     accumulation_steps,
     check_ranks_agree,
     check_training_settings,
-    check_typed,
     int_or_auto,
     read_flags,
     warn_of_unused,
@@ -74,6 +65,7 @@ from utils.training.micro_batch import (
     time_micro_batch,
     warm_up,
 )
+from utils.training.model_source import ModelFactory, load_model_and_data
 from utils.training.resume import (
     Identity,
     find_checkpoint,
@@ -375,38 +367,7 @@ def train(run: Run, log: RunLog) -> None:
 # Before and after the loop
 
 
-def load_model(args: Namespace, dist: Distributed, checkpoint: Checkpoint | None) -> GPT | None:
-    """The model of `--init-from`; for a run that started from one, that of its own checkpoint, without its
-    weights. None where the flags decide. Raises UserError if flags on the command line contradict it."""
-    if checkpoint and checkpoint.state["train_args"].get("init_from"):
-        model = GPT(GPTConfig(**checkpoint.model["config"]))
-        model.tokenizer_state, source = checkpoint.model["tokenizer"], checkpoint.path
-    elif args.init_from and not checkpoint:
-        model, source = GPT.load(args.init_from), args.init_from
-    else:
-        return None
-    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    check_typed(args, dict(sizes, tokenizer=model.tokenizer_state["name"]), source)
-    return model.to(dist.device)
-
-
-def load_model_and_data(
-    args: Namespace, dist: Distributed, checkpoint: Checkpoint | None = None
-) -> tuple[GPT, Data]:
-    """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
-    model = load_model(args, dist, checkpoint)
-    args.seq_len = args.seq_len or model.config.block_size
-    tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
-    shortest = 0 if args.eval_part else args.seq_len  # a part may be shorter than a window
-    data = open_data(fetch(args.data, dist), tokenizer, shortest, dist)
-    if model is None:
-        sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-        config = GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
-        # A dry run reports that a model is too large, without trying to allocate it.
-        outline = outline_if_too_large(lambda: GPT(config), dist) if args.dry_run else None
-        model = outline or GPT(config).to(dist.device)
-    check_model_reads(model.config, args.seq_len, data.tokenizer)
-    return model, data
+MODELS = ModelFactory(new=lambda **sizes: GPT(GPTConfig(**sizes)), load=lambda source: GPT.load(source))
 
 
 def set_up(
@@ -418,7 +379,7 @@ def set_up(
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     numerics = runtime.set_numerics(args.seed, deterministic=args.deterministic)
     dist.check_equal({"the dtype": dtype.value}, "give --dtype a value that all devices support")
-    model, data = load_model_and_data(args, dist, checkpoint)
+    model, data = load_model_and_data(MODELS, args, dist, checkpoint)
     matmul = runtime.choose_matmul(model)
     torch.manual_seed(args.seed + dist.rank)  # weights are equal on all ranks, later draws are not
     if args.micro_batch == "auto":
@@ -519,7 +480,7 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
     """
     dtype = runtime.choose_dtype(args.dtype, dist.device).value
     args.micro_batch = 8 if args.micro_batch == "auto" else args.micro_batch  # no gradients: little to gain
-    model, data = load_model_and_data(args, dist)
+    model, data = load_model_and_data(MODELS, args, dist)
     runtime.choose_matmul(model)
     stream = part_of(data, args.eval_part or "val")
     if stream.num_tokens < 2:

@@ -33,13 +33,12 @@ from utils.tokenizer import (
     END_OF_TEXT_ID,
     CharTokenizer,
     Tokenizer,
-    check_vocab_size,
     has_tiktoken,
     tokenizer_from_state,
 )
 
 if TYPE_CHECKING:
-    from gpt_model import GPTConfig
+    pass
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS_DIR = ROOT / "edu_fineweb10B"
@@ -193,14 +192,6 @@ def part_of(data: Data, part: str) -> TokenStream:
 def bytes_per_token(loader: WindowLoader, num_targets: int, tokenizer: Tokenizer) -> float:
     """Mean bytes of the first `num_targets` targets of a stream."""
     return loader.target_bytes(num_targets, tokenizer.token_bytes()) / num_targets
-
-
-def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the model cannot read windows of this length, or ids of this tokenizer."""
-    if seq_len > config.block_size:
-        what = f"--seq-len {seq_len} is more than the model's block size {config.block_size}"
-        raise UserError(what, "use a smaller --seq-len")
-    check_vocab_size(tokenizer, config.vocab_size)
 
 
 def python_documentation() -> str:
