@@ -89,7 +89,7 @@ from utils.weights.checkpoint import Checkpoint
 flag = Flags()
 
 flag.group("model and data")
-DATA = flag("--data", None, path_text, "shards, text, .jsonl, .parquet; default: edu_fineweb10B/, input.txt")
+DATA = flag("--data", None, path_text, "texts, .json, shards, .bin, .ds; default: edu_fineweb10B/, input.txt")
 TOKENIZER = flag("--tokenizer", "gpt2", ("gpt2", "char"), "how a text file becomes tokens")
 SHUFFLE = flag("--shuffle", "on", ("on", "off"), "shuffle the windows by the seed, or keep the data's order")
 INIT_FROM = flag("--init-from", None, path_text, "start from gpt2[-medium|-large|-xl], checkpoint, folder")

@@ -41,7 +41,7 @@ class LocalFiles:
         return self.paths[index]
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "files", "files": [_fingerprint(path) for path in self.paths]}
+        return {"kind": "files", "files": [fingerprint_of(path) for path in self.paths]}
 
     def estimate(self, text_field: str) -> tuple[int, int]:
         num_tokens = num_documents = 0
@@ -72,8 +72,8 @@ class LocalFiles:
         return records
 
 
-def find_files(arguments: list[str]) -> tuple[list[Path], LeftOut]:
-    """The files that `--input` names: files, globs or folders, in the order given, sorted within each.
+def find_files(arguments: list[str], flag: str = "--input") -> tuple[list[Path], LeftOut]:
+    """The files that `flag` names: files, globs or folders, in the order given, sorted within each.
 
     Folders are read with everything below, and links are followed; what is left out is returned as well.
     Raises UserError for a name that matches nothing, for empty files and for unreadable folders.
@@ -86,13 +86,13 @@ def find_files(arguments: list[str]) -> tuple[list[Path], LeftOut]:
         if not files:
             others = f" (left out: {describe_left_out(left_out)})" if left_out else ""
             hint = f"give files, globs or folders: {', '.join(KINDS)}{others}"
-            raise UserError(f"--input {argument}: no such file", hint)
+            raise UserError(f"{flag} {argument}: no such file", hint)
         for file in files:
             if found.setdefault(file.resolve(), file) is not file:
                 left_out.setdefault("named twice", []).append(file)
     for path in found.values():
         if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty (0 bytes)", "remove it from --input")
+            raise UserError(f"{path} is empty (0 bytes)", f"remove it from {flag}")
     return list(found.values()), left_out
 
 
@@ -145,7 +145,7 @@ def _files_of(path: Path, left_out: LeftOut) -> list[Path]:
     return sorted(files)
 
 
-def _fingerprint(path: Path) -> list[Any]:
+def fingerprint_of(path: Path) -> list[Any]:
     """Name, size, and SHA-256 of both ends: enough to notice another file without reading all of it."""
     with read_errors(path):
         size = path.stat().st_size

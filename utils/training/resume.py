@@ -274,6 +274,6 @@ def _data_changes(before: list[dict], now: list[dict]) -> str:
         [tuple(entry) for stream in streams for entry in stream.get("shards", stream.items())]
         for streams in (before, now)
     )
-    lost = ", ".join([f"{entry[0]} {entry[1]}" for entry in old if entry not in new][:3])
-    added = ", ".join([f"{entry[0]} {entry[1]}" for entry in new if entry not in old][:3])
+    lost = ", ".join([" ".join(map(str, entry)) for entry in old if entry not in new][:3])
+    added = ", ".join([" ".join(map(str, entry)) for entry in new if entry not in old][:3])
     return f"before: {lost or 'nothing else'}; now: {added or 'nothing else'}"
