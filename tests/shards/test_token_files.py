@@ -71,7 +71,7 @@ def test_bins_of_nanogpt_are_split_as_their_names_say(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4"])
 def test_the_first_file_of_datatrove_is_val(tmp_path, dtype):
-    """In the order of names; the others are one stream, and files of tasks without documents change nothing."""
+    """In the order of names; the others are one stream, and files of tasks without documents are left out."""
     tokens = write_datatrove(tmp_path, 0, 40, 30, 0, 1, 60, dtype=dtype)
     train, val = (ShardStream(tmp_path, split, 50257, T) for split in ("train", "val"))
     assert val.read(0, 40).tolist() == tokens[:40].tolist()
@@ -106,9 +106,9 @@ def test_another_content_of_the_same_size_has_another_fingerprint(tmp_path, kind
         else:
             write_ds(tmp_path / name / "0.ds", [50], np.arange(50, dtype=np.uint16))
             write_ds(tmp_path / name / "1.ds", [90], tokens)
-        prints.append(str(ShardStream(tmp_path / name, "train", 50257, T).fingerprint()))
-        assert ShardStream(tmp_path / name, "train", 50257, T).fingerprint() == eval(prints[-1])
-    assert len(set(prints)) == 3
+        prints.append(ShardStream(tmp_path / name, "train", 50257, T).fingerprint())
+        assert ShardStream(tmp_path / name, "train", 50257, T).fingerprint() == prints[-1]
+    assert len({str(entries) for entries in prints}) == 3
 
 
 def test_shards_keep_the_fingerprint_of_earlier_checkpoints(tmp_path):
@@ -127,8 +127,8 @@ def test_shards_keep_the_fingerprint_of_earlier_checkpoints(tmp_path):
     [
         (lambda f: (f / "val.bin").unlink(), r"cannot read .*val.bin: No such file", "prepare.py wrote both"),
         (lambda f: (f / "train.bin").unlink(), r"cannot read .*train.bin: No such", "prepare.py wrote both"),
-        (lambda f: (f / "val.bin").write_bytes(b"123"), r"val.bin: 3 bytes \(expected an even", "copy it again"),
-        (lambda f: (f / "val.bin").write_bytes(b""), r"\(val\) has 0 tokens, need at least T\+1 = 9", "smaller"),
+        (lambda f: (f / "val.bin").write_bytes(b"123"), r"val.bin: 3 bytes \(expected an", "copy it again"),
+        (lambda f: (f / "val.bin").write_bytes(b""), r"\(val\) has 0 tokens, need at least", "smaller"),
     ],
 )  # fmt: skip
 def test_damaged_bins_are_reported_at_the_start(tmp_path, damage, message, hint):
@@ -150,17 +150,17 @@ def edit(folder: Path, name: str, change: object) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: edit(f, "", lambda data: data[:-1]), r"00001_unshuffled.ds: 59 bytes, .*metadata says 30 t"),
+        (lambda f: edit(f, "", lambda data: data[:-1]), r"00001_unshuffled.ds: 59 bytes, .* says 30 tokens"),
         (lambda f: edit(f, "", lambda data: data + data), r"unshuffled.ds: 120 bytes, .*says 30 tokens of 2"),
-        (lambda f: edit(f, ".index", lambda data: data[:-8]), r"index: 8 bytes, the last .* at 15 of 30 tokens"),
+        (lambda f: edit(f, ".index", lambda data: data[:-8]), r"index: 8 bytes, .* ends at 15 of 30 tokens"),
         (lambda f: edit(f, ".index", lambda data: data[:-3]), r"index: 13 bytes, the last document ends"),
         (lambda f: edit(f, ".index", lambda data: b""), r"index: 0 bytes, the last document ends at 0 of 30"),
         (lambda f: edit(f, ".metadata", lambda data: b"gpt2|4\n30\n"), r"says 30 tokens of 4 bytes"),
-        (lambda f: edit(f, ".metadata", lambda data: b"gpt2|8\n30\n"), r"metadata: b'gpt2\|8\\n30\\n' \(expected"),
+        (lambda f: edit(f, ".metadata", lambda data: b"gpt2|8\n30\n"), r"metadata: b'gpt2\|8\\n30\\n'"),
         (lambda f: edit(f, ".metadata", lambda data: b"gpt2\n30\n"), r"expected lines TOKENIZER\|2, or \|4"),
         (lambda f: edit(f, ".metadata", lambda data: b"gpt2|2\n"), r"metadata: b'gpt2\|2\\n'"),
         (lambda f: edit(f, ".metadata", lambda data: b"\xff|2\n30"), r"metadata: b'\\xff\|2\\n30'"),
-        (lambda f: edit(f, ".metadata", lambda data: b"llama|2\n30"), r"tokens of gpt2 .* and of llama \(00001_"),
+        (lambda f: edit(f, ".metadata", lambda data: b"llama|2\n30"), r"of gpt2 .* and of llama \(00001_"),
         (lambda f: (f / "00001_unshuffled.ds.metadata").unlink(), r"cannot read .*ds.metadata: No such file"),
         (lambda f: (f / "00001_unshuffled.ds.index").unlink(), r"cannot read .*ds.index: No such file"),
     ],
@@ -209,7 +209,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
-def test_nanogpts_characters_are_trained_on_as_text(tmp_path, monkeypatch, capsys, tokenizer):
+def test_nanogpts_characters_are_trained_on_as_text(tmp_path, monkeypatch, no_pictures, capsys, tokenizer):
     """meta.pkl is not unpickled; the hint, when followed, trains on the same ids, split at the same place."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "shakespeare char"
@@ -228,7 +228,7 @@ def test_nanogpts_characters_are_trained_on_as_text(tmp_path, monkeypatch, capsy
     assert not (tmp_path / "unpickled").exists()
     flags = caught.value.hint.split("same ids: ")[1]
     assert flags == f"--tokenizer char --data '{folder}/input.txt'"
-    assert train(folder / "input.txt", tmp_path / "log", "--tokenizer", "char", "--max-steps", "1") == 0
+    assert train(folder / "input.txt", tmp_path / "log", "--tokenizer", "char", "--max-steps", "2") == 0
     assert f"train: {int(0.9 * len(ids)):,} tokens" in capsys.readouterr().out
 
 
@@ -257,9 +257,8 @@ def test_a_run_on_foreign_token_files_resumes_bitwise(tmp_path, monkeypatch, no_
     (changed,) = folder.glob("train.bin") if kind == "bins" else sorted(folder.glob("*.ds"))[-1:]
     data = changed.read_bytes()
     changed.write_bytes(b"\x01\x00" + data[2:-2] + b"\x02\x00")
-    with pytest.raises(
-        UserError, match=rf"made on other data.*before: {changed.name} \d+ \w+; now: {changed.name}"
-    ):
+    entry = rf"{changed.name} \d+ \w{{64}}"
+    with pytest.raises(UserError, match=rf"made on other data.*before: {entry}.*; now: {entry}"):
         train(folder, tmp_path / "log", "--resume", *flags)
     changed.write_bytes(data)
     assert train(folder, tmp_path / "log", "--resume", *flags) == 0
@@ -279,16 +278,16 @@ if __name__ == "__main__":
     source, target, tokenizer, tasks, shuffle, logs = sys.argv[1:]
     steps = [
         JsonlReader(source),
-        DocumentTokenizer(target, tokenizer, eos_token="<|endoftext|>", shuffle_documents=shuffle == "shuffle"),
+        DocumentTokenizer(target, tokenizer, eos_token="<|endoftext|>", shuffle_documents=shuffle == "yes"),
     ]
     LocalPipelineExecutor(steps, tasks=int(tasks), workers=1, logging_dir=logs).run()
 """
 
 
 @pytest.mark.skipif(not find_spec("datatrove"), reason="datatrove is not installed")
-@pytest.mark.parametrize(("tasks", "shuffle"), [(3, "keep"), (4, "keep"), (1, "keep"), (2, "shuffle")])
+@pytest.mark.parametrize(("tasks", "shuffle"), [(3, "no"), (4, "no"), (1, "no"), (2, "yes")])
 def test_datatrove_makes_the_same_ids_of_the_same_documents(tmp_path, tasks, shuffle):
-    """With its own executor and our tokenizer's files: <|endoftext|> follows a document instead of preceding it.
+    """By its own executor, with our tokenizer's files; only, <|endoftext|> comes after a document there.
 
     Shuffled, as it does unless told not to, they are the same documents in another order.
     """
@@ -312,7 +311,7 @@ def test_datatrove_makes_the_same_ids_of_the_same_documents(tmp_path, tasks, shu
     if tasks == 1:
         streams.reverse()  # the only file: its last 10 % are val
     theirs = [id for stream in streams for id in stream.read(0, stream.num_tokens).tolist()]
-    if shuffle == "keep":
+    if shuffle == "no":
         assert ours[0] == theirs[-1] == END_OF_TEXT_ID
         assert [*theirs[-1:], *theirs[:-1]] == ours
     else:
