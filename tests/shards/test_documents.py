@@ -37,7 +37,7 @@ def zstd(data: bytes) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-PACK = {"": lambda data: data, ".gz": gzip.compress, ".zst": zstd}
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
 
 
 @pytest.mark.parametrize(
@@ -101,9 +101,7 @@ def test_an_error_in_the_input_is_reported_with_its_place(tmp_path, name, conten
 def test_the_hint_for_an_array_under_another_name_is_true_when_followed(tmp_path, suffix):
     """Its name decides how a file is read: it is renamed, to a name that is free, and read."""
     path = tmp_path / f"my data{suffix}"
-    path.write_bytes(
-        PACK[path.suffix if path.suffix == ".gz" else ""](b'[\n{"text": "x"},\n{"text": "y"}\n]')
-    )
+    path.write_bytes(PACK.get(path.suffix, bytes)(b'[\n{"text": "x"},\n{"text": "y"}\n]'))
     with pytest.raises(UserError, match=":1: not JSON") as caught:
         blocks_of(path)
     command = caught.value.hint.removeprefix("if it is one array, run: ").split("; then use ")[0]
@@ -216,7 +214,7 @@ def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monk
         if "jsonl" in name:
             data = b'{"text": "before"}\n{"text": "%s"}' % (b"x" * length)
         path = tmp_path / name
-        path.write_bytes(PACK.get(path.suffix, PACK[""])(data))
+        path.write_bytes(PACK.get(path.suffix, bytes)(data))
         if length < 20_000:
             assert sum(len(block.tokens) for block in blocks_of(tmp_path / name)) > 1000
     with pytest.raises(UserError, match=r"at most 20,000 bytes") as caught:
