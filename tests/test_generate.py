@@ -179,7 +179,8 @@ def test_an_incomplete_character_is_held_back(monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--temperature -1", f"--seed {2**64}", f"--seed -{2**63 + 1}", "--temperature nan", "--top-k 0", "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0",
+    ["--temperature -1", f"--seed {2**64}", f"--seed -{2**63 + 1}",
+     "--temperature nan", "--top-k 0", "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0",
      "--max-new-tokens -5", "-p FILE:none.txt", "-d cpu --dtype float16"],
 )  # fmt: skip
 def test_invalid_settings_are_refused(flags, checkpoint, capsys):
