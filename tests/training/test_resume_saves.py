@@ -193,7 +193,7 @@ def test_a_file_size_limit_is_reported_like_a_full_disk(short_text, tmp_path):
     process = run("-c", code, *RESUMABLE, *flags)
     assert process.returncode == 1, process.stdout + process.stderr
     assert "warning: could not save step 3" in process.stdout
-    assert "\nerror: the final checkpoint could not be saved" in process.stderr
+    assert "error: the final checkpoint could not be saved" in process.stderr
     assert "Traceback" not in process.stderr
     assert not list(tmp_path.glob("*.pt")) and not list(tmp_path.glob(".*.tmp-*"))
 
