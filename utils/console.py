@@ -24,7 +24,7 @@ lost_streams: dict[str, str] = {}  # name -> why nothing more can be written to 
 def begin_script() -> None:
     """From here on, Ctrl-C ends with exit code 130 and no traceback, also during slow imports.
 
-    `run_script` replaces this by KeyboardInterrupt, which removes unfinished files.
+    `run_script` replaces this by KeyboardInterrupt, which removes unfinished files, as long as `main` runs.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -34,11 +34,16 @@ def begin_script() -> None:
     handle_interrupt(lambda *_: os._exit(130))
 
 
-def handle_interrupt(handler: Callable[[int, Any], object]) -> None:
-    """Installs a handler of Ctrl-C, unless the signal was ignored when the process started."""
+def handle_interrupt(handler: Any) -> Any:
+    """Installs a handler of Ctrl-C, unless the signal was ignored when the process started.
+
+    Returns the earlier one.
+    """
     is_main = threading.current_thread() is threading.main_thread()  # only it can handle signals
-    if is_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    earlier = signal.getsignal(signal.SIGINT)
+    if is_main and earlier != signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
+    return earlier
 
 
 class GuardedStream:
