@@ -28,6 +28,7 @@ from tests.small_runs import (
 from utils.command_line import UserError
 from utils.distributed import Distributed
 from utils.training.resume import find_checkpoint
+from utils.training.run_log import RunLog
 from utils.training.state import Progress
 from utils.weights import checkpoint
 
@@ -98,6 +99,24 @@ def test_resuming_a_complete_run_changes_nothing(short_text, undisturbed, capsys
     model = undisturbed / "model_00020.pt"
     assert f"already complete: step 20 of 20, the model is {model}" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in undisturbed.glob("[!.]*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("earlier_report", [None, "of the first 10 steps"])
+def test_a_run_killed_after_its_last_save_gets_its_report(earlier_report, short_text, tmp_path, monkeypatch):
+    """Resuming it trains nothing, but writes the report, also over that of a shorter run."""
+
+    def killed(log: RunLog) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write_report", killed)
+        with pytest.raises(Killed):
+            train(short_text, tmp_path)
+    report = tmp_path / "report.md"
+    if earlier_report:
+        report.write_text(earlier_report)
+    assert train(short_text, tmp_path, "--resume") == 0
+    assert "| steps | 20 |" in report.read_text(encoding="utf-8")
 
 
 def test_resuming_without_a_checkpoint_is_a_fresh_start(short_text, undisturbed, tmp_path):
