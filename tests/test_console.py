@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -145,6 +146,25 @@ def test_a_second_ctrl_c_ends_a_native_call(tmp_path):
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) == 130
+
+
+WORKER = "from utils.console import begin_script; begin_script(); print(1, flush=True); input()"
+LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WORKER!r}])"
+
+
+@pytest.mark.parametrize(("variables", "ends"), [({"TORCHELASTIC_RUN_ID": "x"}, True), ({}, False)])
+def test_a_worker_ends_with_its_launcher(variables, ends):
+    """Wherever it is, for example in its imports; a script started by hand survives its shell."""
+    streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    command, environment = [sys.executable, "-c", LAUNCHER], {**os.environ, **variables}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **streams)
+    assert process.stdout.readline() == b"1\n"
+    process.kill()
+    # The pipe is readable, and empty, when the last process that could write to it has ended.
+    ended = select.select([process.stdout], [], [], 10 if ends else 1.5)[0] != []
+    process.stdin.close()  # ends a worker that has survived
+    process.wait()
+    assert ended == ends and process.stdout.read() == b""
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def begin_script() -> None:
     """From here on, Ctrl-C ends with exit code 130 and no traceback, also during slow imports.
 
     `run_script` replaces this by KeyboardInterrupt, which removes unfinished files, as long as `main` runs.
+    A worker of torchrun receives SIGTERM when its launcher has died.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -32,6 +33,23 @@ def begin_script() -> None:
         except OSError:  # closed: without this, the next file that is opened would become standard output
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     handle_interrupt(lambda *_: os._exit(130))
+    if launched_by_torchrun():
+        threading.Thread(target=terminate_when_orphaned, args=(os.getppid(),), daemon=True).start()
+
+
+def launched_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def terminate_when_orphaned(parent: int) -> None:
+    """Sends this process SIGTERM when it has another parent: workers survive a torchrun that is killed.
+
+    They would wait for it, or continue to write. A script started by hand must survive its shell.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def handle_interrupt(handler: Any) -> Any:
@@ -139,7 +157,7 @@ def second_interrupt_exits() -> Callable[[int], None]:
         if number == signal.SIGINT:
             received.append(time.monotonic())
             is_second = received[-1] - received[0] > SECOND_SIGINT_SECONDS
-            if is_second and "TORCHELASTIC_RUN_ID" not in os.environ:
+            if is_second and not launched_by_torchrun():
                 os._exit(130)
 
     return on_signal

@@ -5,7 +5,7 @@ import signal
 from contextlib import ExitStack
 
 from utils.console import watched_signals
-from utils.distributed import Distributed, launched_by_torchrun
+from utils.distributed import Distributed
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells count
 for name in ("SIGHUP", "SIGUSR1"):  # a closed terminal; a batch system before its time limit; not on Windows
@@ -30,7 +30,7 @@ class StopSignals:
     """
 
     def __init__(self, dist: Distributed):
-        self.dist, self.parent = dist, os.getppid()
+        self.dist = dist
         self.received = 0  # the number of the first signal
         self.deferred = False
 
@@ -60,11 +60,7 @@ class StopSignals:
             os._exit(EXIT_CODES[number])
 
     def poll(self) -> None:
-        """Raises Stopped on all ranks if one was signalled or orphaned; all must call it equally often."""
-        # When torchrun is killed its workers survive, and would keep writing. A process started by hand must
-        # continue when its shell ends (as under nohup).
-        if launched_by_torchrun() and os.getppid() != self.parent and not self.received:
-            self.received = signal.SIGTERM
+        """Raises Stopped on all ranks if one was signalled; all must call it equally often."""
         agreed = int(self.dist.max_number(self.received))
         if agreed:
             raise Stopped(agreed)
