@@ -19,6 +19,7 @@ from tests.small_runs import (
     Killed,
     assert_same_losses,
     assert_same_run,
+    differences,
     kill_in,
     kill_in_update,
     stop_by_signal_in,
@@ -90,6 +91,43 @@ def test_a_checkpoint_of_the_code_before_train_state_is_resumed_bitwise(
     assert_same_losses(tmp_path, undisturbed)
     if "results equal to rounding only" not in out:
         assert_same_run(tmp_path, undisturbed)
+
+
+def flip_a_bit(tensor: torch.Tensor) -> None:
+    """Changes the lowest bit of its first element."""
+    tensor.view(-1).view(torch.uint8)[0] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor_of", "place"),
+    [
+        ("model", lambda content: content["model"]["transformer.ln_f.bias"], "model.transformer.ln_f.bias"),
+        ("optimizer", lambda content: content["optimizer"]["state"][27]["exp_avg_sq"], "27.exp_avg_sq"),
+        ("optimizer", lambda content: content["rng"]["cpu"][0], "rng.cpu.0"),
+    ],
+)
+def test_a_single_bit_is_a_difference_between_runs(name, tensor_of, place, undisturbed, tmp_path):
+    """In any tensor of the two files; the comparison that the tests of resuming rely on."""
+    log_dir = shutil.copytree(undisturbed, tmp_path / "log")
+    assert differences(log_dir, undisturbed, with_rng=True) == []
+    path = log_dir / f"{name}_00020.pt"
+    content = torch.load(path, weights_only=True)
+    flip_a_bit(tensor_of(content))
+    torch.save(content, path)
+    found = differences(log_dir, undisturbed, with_rng=True)
+    assert len(found) == 1 and found[0].endswith(place)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "samples.txt", "metrics.jsonl", "model_00020.pt"])
+def test_a_missing_line_or_file_is_a_difference_between_runs(name, undisturbed, tmp_path):
+    """In each file that is compared."""
+    log_dir = shutil.copytree(undisturbed, tmp_path / "log")
+    lines = (log_dir / name).read_bytes().splitlines(keepends=True)
+    (log_dir / name).write_bytes(b"".join(lines[:-2]))
+    if name.endswith(".pt"):
+        (log_dir / name).unlink()
+    (found,) = differences(log_dir, undisturbed)
+    assert name in found
 
 
 def test_resuming_a_complete_run_changes_nothing(short_text, undisturbed, capsys):
