@@ -535,6 +535,10 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"already complete: step {step} of {args.max_steps}, the model is {model}")
                     if step < args.max_steps:
                         print(why_it_ended(run.state.progress, args))
+                if run.state.resumed_from is not None:  # a kill after the last save may have lost these two
+                    with RunLog(args.log_dir, is_master=dist.is_master) as log:
+                        log.draw_curves()
+                        log.write_report()
                 return 0
             return run_to_the_end(run, lines)
 

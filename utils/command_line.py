@@ -79,8 +79,11 @@ def run_script(
             raise ResultLost(error.strerror) from error
 
     with guarded_streams(on_loss), watched_signals(second_interrupt_exits()):
-        handle_interrupt(signal.default_int_handler)  # instead of begin_script's
-        return _run(main, local_rank)
+        earlier = handle_interrupt(signal.default_int_handler)
+        try:
+            return _run(main, local_rank)
+        finally:
+            handle_interrupt(earlier)  # begin_script's: Python's own end must print no traceback either
 
 
 def _run(main: Callable[[], int | None], local_rank: Callable[[], int]) -> int:
