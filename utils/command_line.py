@@ -238,7 +238,7 @@ def shown(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     size = f" of {len(value):,}" if hasattr(value, "__len__") else ""
-    return f"a {type(value).__name__}{size}"
+    return f"a {'dict' if isinstance(value, dict) else type(value).__name__}{size}"
 
 
 def format_duration(seconds: float) -> str:

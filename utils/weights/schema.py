@@ -249,10 +249,13 @@ STATE_FILE: dict[str, Schema] = {
 
 def checked(content: Any, schema: Mapping[str, Schema], path: Path) -> dict[str, Any]:
     """What a schema names of a file's content. Raises UserError, with the key, if it is not as described."""
-    problem = find_problem(content, schema) or _find_contradiction(content)
+    problem = find_problem(content, schema)
+    if problem is None:
+        content = {key: content[key] for key in schema if key in content}
+        problem = _find_contradiction(content)
     if problem:
         raise UserError(f"{path}: {problem}", UNCHANGED)
-    return {key: content[key] for key in schema if key in content}
+    return content
 
 
 def _find_contradiction(content: dict[str, Any]) -> str | None:
