@@ -91,7 +91,7 @@ def test_recomputation_is_compared_in_memory_and_time(tmp_path: Path):
     figures, printed = measured(tmp_path, "recompute", *sizes, "--device", "cpu")
     assert figures["agree"] and figures["losses_apart"] == 0 and "losses agree" in printed
     assert figures["recompute"]["activation_bytes"] > 0 and figures["memory_ratio"] > 1.2
-    assert figures["parameters"] == 646_272 and figures["plain"]["seconds"] > 0
+    assert figures["parameters"] == 649_088 and figures["plain"]["seconds"] > 0
 
 
 def test_other_losses_of_recomputation_are_noticed(capsys: pytest.CaptureFixture):

@@ -54,7 +54,7 @@ def measure(args: Namespace) -> dict[str, Any]:
     device = choose_device(args.device).value
     dtype = choose_dtype(args.dtype, device).value
     size = Size(*(getattr(args, name) for name in Size._fields))
-    num_parameters = fresh_model(size, args.vocab_size, torch.device("meta")).num_parameters()
+    num_parameters = fresh_model(size, args.vocab_size, torch.device("cpu")).num_parameters()
     processes = [
         BenchmarkProcess(name, partial(prepare, recompute=recompute), size, args.vocab_size, device, dtype)
         for name, recompute in (("plain", False), ("recompute", True))
