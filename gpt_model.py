@@ -44,7 +44,7 @@ class GPTConfig:
     def __post_init__(self):
         problems = [f"{name}={value} is not a positive whole number" for name, value in asdict(self).items()
                     if name != "dropout" and (not isinstance(value, int) or value <= 0)]  # fmt: skip
-        if not 0 <= self.dropout < 1:  # also for NaN
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:  # also NaN
             problems.append(f"dropout={self.dropout} is not at least 0 and below 1")
         if not problems and self.n_embd % self.n_head:
             problems.append(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
@@ -139,7 +139,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer_state = {"name": "gpt2"}  # of the tokenizer it was trained with
-        self.recompute = False  # True trains with less memory, and about a third more time
+        self.recompute = False  # True: training takes less memory, and about a third more time
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # token embedding
             wpe=nn.Embedding(config.block_size, config.n_embd),  # learned absolute positions

@@ -71,7 +71,7 @@ def test_without_dropout_training_computes_what_evaluation_does():
     assert torch.equal(*losses) and torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan"), 7])
+@pytest.mark.parametrize("dropout", [1.0, -0.1, float("nan"), 7, "0.1", None])
 def test_an_impossible_dropout_is_refused(dropout):
     """By the config, with the value."""
     with pytest.raises(UserError, match=f"dropout={dropout} is not at least 0 and below 1"):
