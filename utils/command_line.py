@@ -187,6 +187,13 @@ def non_negative_float(text: str) -> float:
     return _checked(float, text)
 
 
+def fraction(text: str) -> float:
+    """A number from 0 up to, but not including, 1."""
+    if (value := non_negative_float(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
+    return value
+
+
 def positive_int(text: str) -> int:
     """A whole number above zero; `1_000` is read as 1000."""
     return _checked(int, text, positive=True)

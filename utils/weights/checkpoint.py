@@ -140,6 +140,7 @@ def model_content(
     `config` holds the fields of its GPTConfig, `step` is the number of completed updates, `val_loss` the last
     one measured, in nats, and `tokenizer_state` what `tokenizer_from_state` reads.
     """
+    config = {name: value for name, value in config.items() if value}  # dropout only where there is some
     content = dict(model=model.state_dict(), config=config, step=step, val_loss=val_loss)
     return dict(content, tokenizer=tokenizer_state, versions=versions())
 
