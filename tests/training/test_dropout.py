@@ -133,7 +133,7 @@ def test_recomputation_changes_no_bit_of_a_run(short_text, undisturbed, dropped,
     assert_same_run(tmp_path / "dropped", dropped)
     capsys.readouterr()
     assert train(short_text, tmp_path / "plain", "--resume", "--max-steps", "21") == 0
-    assert "settings have changed: max_steps 20 -> 21; " in capsys.readouterr().out
+    assert "settings have changed: max_steps 20 -> 21; " in capsys.readouterr().err
 
 
 def test_the_flag_reaches_the_model(short_text, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_another_dropout_warns_and_is_used(short_text, dropped, undisturbed, tmp
         folder = tmp_path / change
         path = start / "model_00018.pt"
         assert train(short_text, folder, "--resume", str(path), *flags) == 0
-        assert f"settings have changed: {change}; continuing with the new values" in capsys.readouterr().out
+        assert f"settings have changed: {change}; continuing with the new values" in capsys.readouterr().err
         final = GPT.load(folder / "model_00020.pt").config.dropout
         assert final == float(flags[1] if flags else 0)
         theirs, ours = (load_model_file(f / "model_00020.pt")["model"] for f in (start, folder))
