@@ -96,7 +96,7 @@ def outline_if_too_large(build: Callable[[], "GPT"], args: Namespace, dist: Dist
         outline = build()
     needed, memory = least_bytes(outline, args), memory_bytes(dist.device)
     too_large = memory is not None and needed > memory
-    if not dist.max_number(too_large):  # on all ranks alike
+    if not dist.max_number(int(too_large)):  # on all ranks alike
         return None
     if not args.dry_run:
         has = f"{dist.device} has {format_bytes(memory)}" if too_large else "another rank has less"
