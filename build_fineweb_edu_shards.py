@@ -36,10 +36,16 @@ from utils.shards.format import find_all_shards, write_shard
 from utils.shards.hub import HubFiles
 from utils.shards.local_files import LocalFiles, describe_left_out, find_files
 from utils.shards.manifest import FILE_NAME, Manifest
-from utils.shards.tokenizer import choose_tokenizer, recorded_as, tokenizer_of, train_on_corpus
+from utils.shards.tokenizer import (
+    choose_tokenizer,
+    recorded_as,
+    store_tokenizer,
+    tokenizer_of,
+    train_on_corpus,
+)
 from utils.shards.workers import TokenizerPool, TokenQueue, num_cores
 from utils.tokenizer import Tokenizer, has_tiktoken, token_dtype, tokenizer_from_state
-from utils.tokenizer_json import tokenizer_name, write_tokenizer
+from utils.tokenizer_json import tokenizer_name
 
 ROOT = Path(__file__).resolve().parent
 
@@ -50,6 +56,7 @@ SUBSET = "sample-10BT"
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 100, 100_000  # compared between the two backends before each build
 TOKENS_PER_SECOND = 4_000_000  # of one process, for the estimate of the time
+LIBRARY_TOKENS_PER_SECOND = 400_000  # the same for a tokenizer that only the tokenizers library can run
 KEPT = "finished shards are kept; run the same command again to continue"
 
 
@@ -159,14 +166,14 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer
     from tqdm import tqdm
 
     missing = manifest.missing()
-    expected_tokens = print_plan(args, source, manifest, token_dtype(tokenizer.vocab_size).itemsize)
+    expected_tokens = print_plan(args, source, manifest, tokenizer)
     with TokenizerPool(args.num_workers, backend_of(encode_in_batches, tokenizer, args.output_dir)) as pool:
         # While the processes start: the fast backend must produce tiktoken's own tokens for this input.
         first = min([*missing, len(manifest.shards)])
         sample = read_sample(source, args.text_field, manifest.start_of(first)[0])
         method, how = choose_method(sample, tokenizer)
-        print(f"encoding {how}")
         backend = backend_of(method, tokenizer, args.output_dir)
+        print(f"encoding {how}")
 
         def queue_from(index: int, on_tokens: Callable[[int], object] = lambda count: None) -> TokenQueue:
             position, documents = manifest.start_of(index)
@@ -196,15 +203,17 @@ def is_done(manifest: Manifest, max_shards: int | None) -> bool:
     return manifest.complete or (max_shards is not None and len(manifest.shards) >= max_shards)
 
 
-def print_plan(args: Namespace, source: DocumentSource, manifest: Manifest, token_bytes: int) -> int:
+def print_plan(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer: Tokenizer) -> int:
     """Prints what the build will need. Returns the expected number of tokens, finished shards included."""
     tokens, documents = source.estimate(args.text_field)
     if args.max_shards and args.max_shards * args.shard_tokens < tokens:
         documents = documents * args.max_shards * args.shard_tokens // tokens
         tokens = args.max_shards * args.shard_tokens
     remaining = max(0, tokens - manifest.num_tokens)
-    minutes = remaining / TOKENS_PER_SECOND / args.num_workers / 60
-    needed, free = token_bytes * remaining, shutil.disk_usage(args.output_dir).free
+    rate = TOKENS_PER_SECOND if tokenizer.ranks else LIBRARY_TOKENS_PER_SECOND
+    minutes = remaining / rate / args.num_workers / 60
+    token_bytes, free = token_dtype(tokenizer.vocab_size).itemsize, shutil.disk_usage(args.output_dir).free
+    needed = token_bytes * remaining
     print(
         f"{args.output_dir}: about {tokens:,} tokens of {documents:,} documents in {len(source)} files; "
         f"{needed / 1e9:,.2f} GB to write, {free / 1e9:,.1f} GB free; "
@@ -274,10 +283,10 @@ def open_source(args: Namespace, manifest: Manifest | None) -> DocumentSource:
 def train(args: Namespace, source: DocumentSource, vocab_size: int) -> dict[str, Any]:
     """State of a BPE trained on the part of the corpus that will be train, as far as can be known."""
     num_tokens, _ = source.estimate(args.text_field)
-    val_tokens = args.val_tokens or args.shard_tokens
-    if args.val_tokens is None and num_tokens < args.shard_tokens:
-        val_tokens = int(num_tokens * SMALL_CORPUS_VAL_FRACTION)
-    return train_on_corpus(source, args.text_field, vocab_size, val_tokens)
+    by_default = (
+        args.shard_tokens if num_tokens >= args.shard_tokens else num_tokens * SMALL_CORPUS_VAL_FRACTION
+    )
+    return train_on_corpus(source, args.text_field, vocab_size, args.val_tokens or int(by_default))
 
 
 def settings_of(args: Namespace, source: DocumentSource, tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -362,14 +371,14 @@ def main(arguments: list[str] | None = None) -> int:
         manifest.check_settings(settings)
         done = is_done(manifest, args.max_shards)
         manifest.check_folder(next_allowed=not done)
-        for pattern in ("edufineweb_*.npy", FILE_NAME, "probe*"):
+        for pattern in ("edufineweb_*.npy", FILE_NAME, "tokenizer*.json", "probe*"):
             for name in remove_temporary_files(args.output_dir, pattern):
                 print(f"removed {name}, left unfinished by an earlier build")
         done = done and not manifest.missing()
         if not done:
             check_inputs(manifest, source)
             manifest.save()
-            write_tokenizer(args.output_dir, tokenizer)
+            store_tokenizer(args.output_dir, tokenizer)
             build(args, source, manifest, tokenizer_from_state(tokenizer))
     documents = manifest.shards[-1]["documents"]
     print(

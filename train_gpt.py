@@ -45,9 +45,9 @@ from utils.command_line import (
 )
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
+from utils.tokenizer_json import tokenizer_name
 from utils.training.data_source import (
     Data,
-    available_tokenizer,
     bytes_per_token,
     check_model_reads,
     fetch,
@@ -86,6 +86,7 @@ from utils.training.resume import (
 from utils.training.run_log import RunLog, Speedometer
 from utils.training.signals import Stopped, StopSignals
 from utils.training.state import TrainState
+from utils.training.tokenizing import fits_request, requested_tokenizer
 from utils.weights.checkpoint import Checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,8 @@ flag = Flags()
 
 flag.group("model and data")
 DATA = flag("--data", None, path_text, "shards, text, .jsonl, .parquet; default: edu_fineweb10B/, input.txt")
-TOKENIZER = flag("--tokenizer", "gpt2", ("gpt2", "char"), "how a text file becomes tokens")
+TOKENIZER = flag("--tokenizer", None, tokenizer_name, "gpt2, char, bpe:N (N tokens, trained on the text) or "
+                 "a tokenizer.json; default: that of the shards, gpt2 for a text")
 SHUFFLE = flag("--shuffle", "on", ("on", "off"), "shuffle the windows by the seed, or keep the data's order")
 INIT_FROM = flag("--init-from", None, path_text, "start from gpt2[-medium|-large|-xl], checkpoint, folder")
 N_LAYER = flag("--n-layer", 12, positive_int, "number of layers")  # 12, 12, 768: GPT-2 124M
@@ -385,8 +387,10 @@ def load_model(args: Namespace, dist: Distributed, checkpoint: Checkpoint | None
         model, source = GPT.load(args.init_from), args.init_from
     else:
         return None
-    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    check_typed(args, dict(sizes, tokenizer=model.tokenizer_state["name"]), source)
+    found = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    if args.tokenizer and not fits_request(args.tokenizer, model.tokenizer_state):
+        found["tokenizer"] = model.tokenizer_state["name"]
+    check_typed(args, found, source)
     return model.to(dist.device)
 
 
@@ -396,9 +400,10 @@ def load_model_and_data(
     """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
     model = load_model(args, dist, checkpoint)
     args.seq_len = args.seq_len or model.config.block_size
-    tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
+    tokenizer = model.tokenizer_state if model else requested_tokenizer(args.tokenizer, checkpoint, dist)
     shortest = 0 if args.eval_part else args.seq_len  # a part may be shorter than a window
     data = open_data(fetch(args.data, dist), tokenizer, shortest, dist)
+    args.tokenizer = args.tokenizer or data.tokenizer.name
     if model is None:
         sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
         config = GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
@@ -449,6 +454,7 @@ def set_up(
     which = (args.hellaswag_dir, args.hellaswag_examples, data.tokenizer, model.config.block_size)
     hellaswag = examples_for_training(*which, dist) if args.hellaswag_every else []
     reasons["data"] = f"{data.train.name} ({data.reason}), tokenizer {data.tokenizer.name}"
+    reasons["data"] += f" of {data.tokenizer.vocab_size:,} tokens"
     compile_reason = reasons.pop("compile", compiles.reason)  # of find_checkpoint, where it decided
     reasons["numerics"] = (
         f"{str(dtype.value)[len('torch.') :]} ({dtype.reason}); {matmul}; {numerics}; "

@@ -149,14 +149,7 @@ def identity(state: dict[str, Any]) -> str:
 
 
 def write_tokenizer(folder: Path, state: dict[str, Any], block_size: int | None = None) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, for `read_tokenizer` and for AutoTokenizer.
-
-    For GPT-2's tokenizer, which needs neither, it removes what an earlier call has written.
-    """
-    if "json" not in state:
-        for name in (FILE_NAME, CONFIG_NAME):
-            (folder / name).unlink(missing_ok=True)
-        return
+    """Writes tokenizer.json and tokenizer_config.json, for `read_tokenizer` and for AutoTokenizer."""
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if state["end_of_text"] is not None:
         settings.update(dict.fromkeys(("bos_token", "eos_token"), state["end_of_text"]))

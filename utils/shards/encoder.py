@@ -9,7 +9,7 @@ treats as a special token, so that a plain pattern remains. A second control cha
 that one call encodes a whole batch and returns an array: no Python int is ever created.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +47,7 @@ IS_SPACE = np.zeros(0x3002, dtype=bool)  # by code point; the last entry stands 
 IS_SPACE[list(WHITE_SPACE)] = True
 
 
-def encode_one_by_one(documents: Sequence[str], tokenizer: Tokenizer | None = None) -> np.ndarray:
+def encode_one_by_one(documents: Iterable[str], tokenizer: Tokenizer | None = None) -> np.ndarray:
     """Tokens of all documents in order, the end-of-text token before each; 1-D unsigned integers.
 
     The reference. The tokenizer, GPT-2's by default, must have an end-of-text token.

@@ -7,10 +7,11 @@ from typing import Any
 
 from utils.command_line import UserError
 from utils.shards.documents import BYTES_PER_TOKEN, DocumentSource, Position, parts_from, read_documents
+from utils.shards.format import write_errors
 from utils.shards.manifest import FILE_NAME, Manifest
 from utils.text_files import quoted
 from utils.tokenizer import MERGES_SHA256, tokenizer_from_state
-from utils.tokenizer_json import CONFIG_NAME, identity, read_tokenizer, train_bpe
+from utils.tokenizer_json import CONFIG_NAME, identity, read_tokenizer, train_bpe, write_tokenizer
 from utils.tokenizer_json import FILE_NAME as TOKENIZER_FILE
 
 TRAINING_CHARACTERS = 200_000_000  # of the corpus: more do not change a vocabulary much
@@ -55,17 +56,27 @@ def choose_tokenizer(
     """
     own = folder / TOKENIZER_FILE
     recorded = manifest is not None and "tokenizer_sha256" in manifest.settings
+    started = manifest is not None and manifest.shards
     if own.exists() and not recorded and Path(requested) not in (own, folder):
         hint = f"move it away, use another --output-dir, or use it: --tokenizer {quoted(own)}"
         raise UserError(f"{own} is not of a build in this folder", hint)
     if requested.startswith("bpe:"):
-        started = manifest is not None and manifest.shards
         return tokenizer_of(folder) if started else train(int(requested.removeprefix("bpe:")))
     state = {"name": "gpt2"} if requested == "gpt2" else read_tokenizer(Path(requested))
+    if state["name"] == "gpt2" and recorded and not started:  # of an attempt that this one replaces
+        own.unlink(missing_ok=True)
+        own.with_name(CONFIG_NAME).unlink(missing_ok=True)
     if tokenizer_from_state(state).end_of_text is None:
         what = f"{requested} has no end-of-text token, which starts every document of the shards"
         raise UserError(what, f'name one of its tokens in {CONFIG_NAME} beside it: {{"eos_token": "..."}}')
     return state
+
+
+def store_tokenizer(folder: Path, state: dict[str, Any]) -> None:
+    """Writes a tokenizer beside the shards. Raises Unfinished if the disk is full or similar."""
+    if state["name"] != "gpt2":
+        with write_errors(folder / TOKENIZER_FILE, len(state["json"])):
+            write_tokenizer(folder, state)
 
 
 def train_on_corpus(
