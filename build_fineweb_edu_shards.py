@@ -5,6 +5,7 @@
     python build_fineweb_edu_shards.py --input 'corpus/*.jsonl' notes.txt book.parquet --output-dir my_tokens
     python build_fineweb_edu_shards.py --tokenizer bpe:16384  with a tokenizer of one's own
     python build_fineweb_edu_shards.py --verify               compare every shard with the manifest
+    python build_fineweb_edu_shards.py --verify --inputs      compare the input files, too
 
 Every document becomes <|endoftext|> followed by its tokens, as uint16. The documents of a corpus, in order,
 are one sequence of tokens, which is cut into shards without a gap; shard 0 is val. A build that stops for any
@@ -76,8 +77,8 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     add("--revision", help="branch, tag or commit of the data set; default: main when the build starts")
     val_help = "val: the first documents up to this many tokens; default: a shard, or 1 %% of a small corpus"
     add("--val-tokens", type=positive_int, help=val_help)
-    tokenizer_help = "gpt2, bpe:N (trained on the corpus, N tokens), or the path of a tokenizer.json"
-    add("--tokenizer", type=partial(tokenizer_name, kinds=("gpt2",)), default="gpt2", help=tokenizer_help)
+    kinds, help = ("gpt2",), "gpt2, bpe:N (trained on the corpus, N tokens), or the path of a tokenizer.json"
+    add("--tokenizer", type=partial(tokenizer_name, kinds=kinds), default="gpt2", help=help)
     add("--verify", action="store_true", help="compare every shard with the manifest, and exit")
     add("--inputs", action="store_true", help="with --verify: compare the input files with it, too")
     args = parser.parse_args(arguments)
@@ -283,10 +284,9 @@ def open_source(args: Namespace, manifest: Manifest | None) -> DocumentSource:
 def train(args: Namespace, source: DocumentSource, vocab_size: int) -> dict[str, Any]:
     """State of a BPE trained on the part of the corpus that will be train, as far as can be known."""
     num_tokens, _ = source.estimate(args.text_field)
-    by_default = (
-        args.shard_tokens if num_tokens >= args.shard_tokens else num_tokens * SMALL_CORPUS_VAL_FRACTION
-    )
-    return train_on_corpus(source, args.text_field, vocab_size, args.val_tokens or int(by_default))
+    is_small = num_tokens < args.shard_tokens
+    val_tokens = int(num_tokens * SMALL_CORPUS_VAL_FRACTION) if is_small else args.shard_tokens
+    return train_on_corpus(source, args.text_field, vocab_size, args.val_tokens or val_tokens)
 
 
 def settings_of(args: Namespace, source: DocumentSource, tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from utils.command_line import (
     UserError,
     bits_per_byte,
     format_duration,
+    fraction,
     non_negative_float,
     non_negative_int,
     path_text,
@@ -46,21 +47,13 @@ from utils.command_line import (
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
 from utils.tokenizer_json import tokenizer_name
-from utils.training.data_source import (
-    Data,
-    bytes_per_token,
-    check_model_reads,
-    fetch,
-    open_data,
-    part_of,
-)
-from utils.training.dry_run import Plan, dry_run, outline_if_too_large
+from utils.training.data_source import Data, bytes_per_token, part_of
+from utils.training.dry_run import Plan, dry_run
 from utils.training.flags import (
     Flags,
     accumulation_steps,
     check_ranks_agree,
     check_training_settings,
-    check_typed,
     int_or_auto,
     read_flags,
     warn_of_unused,
@@ -71,9 +64,11 @@ from utils.training.micro_batch import (
     choose_micro_batch,
     explain_out_of_memory,
     forward_backward,
+    seed_dropout,
     time_micro_batch,
     warm_up,
 )
+from utils.training.model_source import ModelFactory, load_model_and_data
 from utils.training.resume import (
     Identity,
     find_checkpoint,
@@ -86,7 +81,6 @@ from utils.training.resume import (
 from utils.training.run_log import RunLog, Speedometer
 from utils.training.signals import Stopped, StopSignals
 from utils.training.state import TrainState
-from utils.training.tokenizing import fits_request, requested_tokenizer
 from utils.weights.checkpoint import Checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -119,7 +113,8 @@ MIN_LR = flag("--min-lr", 6e-5, non_negative_float, "final learning rate")  # a 
 WEIGHT_DECAY = flag("--weight-decay", 0.1, non_negative_float, "for parameters with at least two dimensions")
 GRAD_CLIP = flag("--grad-clip", 1.0, positive_float, "maximum norm of the gradient")  # Pascanu et al. 2013
 SKIP_SPIKES = flag("--skip-spikes", 0.0, non_negative_float, "skip norms this many sigmas above mean; 0: off")
-SEED = flag("--seed", 1337, non_negative_int, "seed of initial weights and data order")
+DROPOUT = flag("--dropout", 0.0, fraction, "probability of zeroing an activation or attention weight")
+SEED = flag("--seed", 1337, non_negative_int, "seed of initial weights, data order and dropout")
 
 flag.group("evaluation (every N steps and after the last; 0: never)")
 VAL_EVERY = flag("--val-every", 250, non_negative_int, "steps between validations")
@@ -146,6 +141,7 @@ DEVICE = flag("--device", "auto", str, "auto, cpu, cuda, cuda:N or mps")
 DTYPE = flag("--dtype", "auto", ("auto", *runtime.DTYPES), "dtype of matmuls")
 COMPILE = flag("--compile", "auto", "on", "use torch.compile; auto: where it pays")
 flag("--no-compile", None, "off", "do not use torch.compile", dest="compile")
+flag("--recompute", False, bool, "recompute activations in the backward pass: less memory, more time")
 flag("--deterministic", False, bool, "bitwise equal results in every run, where supported")
 flag("--tensorboard", False, bool, "mirror the metrics to TensorBoard, in the log directory")
 flag("--wandb", False, bool, "mirror the metrics to Weights & Biases")
@@ -223,18 +219,17 @@ def evaluate(
 
     `poll` is called before every batch, equally often on all ranks; its exceptions end the evaluation.
     """
-    model.eval()  # like train() below, without effect today: there is no dropout
     loss_sum, count = 0.0, 0
-    for batch in batches:
-        poll()  # may raise Stopped: an evaluation takes minutes, a batch system waits for seconds
-        if batch is not None:  # None: only other ranks have a batch left in this round
-            with runtime.autocast(dist.device, dtype):
-                _, loss = model(*batch, return_logits=False)
-            # Weighted by tokens: the last batch may have fewer rows, and targets of -100 are not scored.
-            scored = int((batch[1] >= 0).sum())
-            loss_sum += loss.item() * scored
-            count += scored
-    model.train()
+    with runtime.eval_mode(model):
+        for batch in batches:
+            poll()  # may raise Stopped: an evaluation takes minutes, a batch system waits for seconds
+            if batch is not None:  # None: only other ranks have a batch left in this round
+                with runtime.autocast(dist.device, dtype):
+                    _, loss = model(*batch, return_logits=False)
+                # Weighted by tokens: the last batch may have fewer rows, and targets of -100 do not count.
+                scored = int((batch[1] >= 0).sum())
+                loss_sum += loss.item() * scored
+                count += scored
     # Sums and counts are reduced, not means: ranks may have evaluated different numbers of tokens.
     loss_sum, count = dist.sum_numbers(loss_sum, count)
     return loss_sum / count
@@ -243,13 +238,14 @@ def evaluate(
 def update(
     state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], lr: float, grad_clip: float,
     micro_steps: int, dist: Distributed, dtype: torch.dtype, poll: Callable[[], None] = lambda: None,
-    describe_batch: Callable[[int], str] = "micro-batch {}".format,
+    seed: int = SEED, describe_batch: Callable[[int], str] = "micro-batch {}".format,
 ) -> tuple[float, float]:  # fmt: skip
     """One update: `micro_steps` micro-batches forward and backward, then a step of the optimizers.
 
     Args:
         batches: those of this rank: (idx, targets), each (B, T).
         poll: called before every micro-step; if it raises, the weights are unchanged.
+        seed: of the dropout masks.
         describe_batch: where micro-step i's batch comes from, for the message of a non-finite loss.
 
     Returns the mean loss of all tokens of the update in nats, and the norm of the gradient before clipping.
@@ -260,6 +256,8 @@ def update(
     for micro_step in range(micro_steps):
         poll()
         idx, targets = next(batches)
+        if state.model.config.dropout:
+            seed_dropout(seed, state.progress.step, micro_step, dist.rank)
         # Gradients are exchanged once per update, in the last micro-step. DDP has to know that before its
         # forward pass, so the context covers both passes.
         with dist.exchange_gradients(model, now=micro_step == micro_steps - 1):
@@ -307,7 +305,6 @@ def write_samples(run: Run, log: RunLog) -> None:
     if not run.dist.is_master:
         return
     model, tokenizer, prompt = run.state.model, run.data.tokenizer, run.args.sample_prompt
-    model.eval()
     try:
         with runtime.autocast(run.dist.device, run.dtype):
             # A fixed seed of a generator of its own: sampling changes no other random number of the run.
@@ -315,7 +312,6 @@ def write_samples(run: Run, log: RunLog) -> None:
         log.log_samples(run.state.progress.step, texts)
     except FloatingPointError as error:
         log.say(f"generation skipped: {error}")
-    model.train()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -362,7 +358,7 @@ def train(run: Run, log: RunLog) -> None:
         lr = learning_rate_for(progress.step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps)
         started = time.perf_counter()  # the clock covers the update and nothing else
         loss, norm = update(
-            state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll,
+            state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll, args.seed,
             lambda i: run.train_loader.describe_batch(progress.windows, i, run.data.tokenizer.decode),
         )  # fmt: skip
         speed = speedometer.measure(progress.step, time.perf_counter() - started)
@@ -377,41 +373,7 @@ def train(run: Run, log: RunLog) -> None:
 # Before and after the loop
 
 
-def load_model(args: Namespace, dist: Distributed, checkpoint: Checkpoint | None) -> GPT | None:
-    """The model of `--init-from`; for a run that started from one, that of its own checkpoint, without its
-    weights. None where the flags decide. Raises UserError if flags on the command line contradict it."""
-    if checkpoint and checkpoint.state["train_args"].get("init_from"):
-        model = GPT(GPTConfig(**checkpoint.model["config"]))
-        model.tokenizer_state, source = checkpoint.model["tokenizer"], checkpoint.path
-    elif args.init_from and not checkpoint:
-        model, source = GPT.load(args.init_from), args.init_from
-    else:
-        return None
-    found = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    if args.tokenizer and not fits_request(args.tokenizer, model.tokenizer_state):
-        found["tokenizer"] = model.tokenizer_state["name"]
-    check_typed(args, found, source)
-    return model.to(dist.device)
-
-
-def load_model_and_data(
-    args: Namespace, dist: Distributed, checkpoint: Checkpoint | None = None
-) -> tuple[GPT, Data]:
-    """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
-    model = load_model(args, dist, checkpoint)
-    args.seq_len = args.seq_len or model.config.block_size
-    tokenizer = model.tokenizer_state if model else requested_tokenizer(args.tokenizer, checkpoint, dist)
-    shortest = 0 if args.eval_part else args.seq_len  # a part may be shorter than a window
-    data = open_data(fetch(args.data, dist), tokenizer, shortest, dist)
-    args.tokenizer = args.tokenizer or data.tokenizer.name
-    if model is None:
-        sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-        config = GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
-        # A dry run reports that a model is too large, without trying to allocate it.
-        outline = outline_if_too_large(lambda: GPT(config), dist) if args.dry_run else None
-        model = outline or GPT(config).to(dist.device)
-    check_model_reads(model.config, args.seq_len, data.tokenizer)
-    return model, data
+MODELS = ModelFactory(new=lambda **sizes: GPT(GPTConfig(**sizes)), load=lambda source: GPT.load(source))
 
 
 def set_up(
@@ -423,7 +385,8 @@ def set_up(
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     numerics = runtime.set_numerics(args.seed, deterministic=args.deterministic)
     dist.check_equal({"the dtype": dtype.value}, "give --dtype a value that all devices support")
-    model, data = load_model_and_data(args, dist, checkpoint)
+    model, data = load_model_and_data(MODELS, args, dist, checkpoint)
+    model.train().recompute = args.recompute
     matmul = runtime.choose_matmul(model)
     torch.manual_seed(args.seed + dist.rank)  # weights are equal on all ranks, later draws are not
     if args.micro_batch == "auto":
@@ -525,7 +488,7 @@ def report_val_loss(args: Namespace, dist: Distributed) -> int:
     """
     dtype = runtime.choose_dtype(args.dtype, dist.device).value
     args.micro_batch = 8 if args.micro_batch == "auto" else args.micro_batch  # no gradients: little to gain
-    model, data = load_model_and_data(args, dist)
+    model, data = load_model_and_data(MODELS, args, dist)
     runtime.choose_matmul(model)
     stream = part_of(data, args.eval_part or "val")
     if stream.num_tokens < 2:
@@ -580,6 +543,10 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"already complete: step {step} of {args.max_steps}, the model is {model}")
                     if step < args.max_steps:
                         print(why_it_ended(run.state.progress, args))
+                if run.state.resumed_from is not None:  # a kill after the last save may have lost these two
+                    with RunLog(args.log_dir, is_master=dist.is_master) as log:
+                        log.draw_curves()
+                        log.write_report()
                 return 0
             return run_to_the_end(run, lines)
 

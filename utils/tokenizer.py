@@ -42,7 +42,7 @@ class Tokenizer(Protocol):
     ranks: dict[bytes, int] | None  # of a BPE with GPT-2's split pattern: the id of each token's bytes
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Ids of a text, 1-D unsigned integers; <|endoftext|> is ordinary text unless `allow_special`."""
+        """Ids of a text, 1-D int64; <|endoftext|> is ordinary text unless `allow_special`."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -70,7 +70,7 @@ class GPT2Tokenizer:
         return load_merges()
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        return encode_text(self.encoding, text, allow_special)
+        return encode_text(self.encoding, text, allow_special).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
@@ -96,7 +96,7 @@ class CharTokenizer:
         self._id_of = {character: i for i, character in enumerate(characters)}
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Ids of a text, 1-D uint16 or uint32; unknown characters are left out, with a warning."""
+        """Ids of a text, 1-D int64; unknown characters are left out, with a warning."""
         unknown = sorted(set(text) - self._id_of.keys())
         if unknown:
             from utils.distributed import environment_rank  # here: tokenizing shards needs no torch
@@ -104,8 +104,7 @@ class CharTokenizer:
             if environment_rank() == 0:
                 some, count = "".join(unknown[:20]), len(unknown)
                 warn(f"{count} characters are not in the vocabulary and left out: {some!r}")
-        ids = (self._id_of[character] for character in text if character in self._id_of)
-        return np.fromiter(ids, dtype=token_dtype(self.vocab_size))
+        return np.fromiter((self._id_of[c] for c in text if c in self._id_of), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[int(i)] for i in ids)

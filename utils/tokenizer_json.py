@@ -29,7 +29,6 @@ from utils.tokenizer import (
     has_tiktoken,
     make_encoding,
     pieces_of,
-    token_dtype,
     valid_text,
 )
 
@@ -103,7 +102,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
     path = path / FILE_NAME if path.is_dir() else path
     text, eos_token = read_text(path, flag="--tokenizer"), None
     if problem := find_problem(text):
-        raise UserError(f"{path} is not a {FILE_NAME}: {problem}", "restore it, or give another --tokenizer")
+        raise UserError(f"{path} is not a {FILE_NAME}: {problem}", "restore the file, or use another one")
     config = path.with_name(CONFIG_NAME)
     if config.exists():
         try:
@@ -218,10 +217,10 @@ class JsonTokenizer:
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
         if self._encoding is not None:
-            return encode_text(self._encoding, text, allow_special)
+            return encode_text(self._encoding, text, allow_special).astype(np.int64)
         self._library.encode_special_tokens = not allow_special
         ids = self._library.encode(valid_text(text), add_special_tokens=False).ids
-        return np.array(ids, dtype=token_dtype(self.vocab_size))
+        return np.array(ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._library.decode([int(i) for i in ids], skip_special_tokens=False)

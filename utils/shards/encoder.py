@@ -53,8 +53,9 @@ def encode_one_by_one(documents: Iterable[str], tokenizer: Tokenizer | None = No
     The reference. The tokenizer, GPT-2's by default, must have an end-of-text token.
     """
     tokenizer = tokenizer or _gpt2()
-    end_of_text = np.array([tokenizer.end_of_text], dtype=token_dtype(tokenizer.vocab_size))
-    arrays = [array for text in documents for array in (end_of_text, tokenizer.encode(text))]
+    dtype = token_dtype(tokenizer.vocab_size)
+    end_of_text = np.array([tokenizer.end_of_text], dtype=dtype)
+    arrays = [array for text in documents for array in (end_of_text, tokenizer.encode(text).astype(dtype))]
     return np.concatenate([end_of_text[:0], *arrays])
 
 

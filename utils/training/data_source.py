@@ -29,7 +29,6 @@ from utils.text_files import read_text
 from utils.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
-    check_vocab_size,
     valid_text,
 )
 from utils.training.tokenizing import (
@@ -40,7 +39,7 @@ from utils.training.tokenizing import (
 )
 
 if TYPE_CHECKING:
-    from gpt_model import GPTConfig
+    pass
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS_DIR = ROOT / "edu_fineweb10B"
@@ -185,14 +184,6 @@ def part_of(data: Data, part: str) -> TokenStream:
 def bytes_per_token(loader: WindowLoader, num_targets: int, tokenizer: Tokenizer) -> float:
     """Mean bytes of the first `num_targets` targets of a stream."""
     return loader.target_bytes(num_targets, tokenizer.token_bytes()) / num_targets
-
-
-def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the model cannot read windows of this length, or ids of this tokenizer."""
-    if seq_len > config.block_size:
-        what = f"--seq-len {seq_len} is more than the model's block size {config.block_size}"
-        raise UserError(what, "use a smaller --seq-len")
-    check_vocab_size(tokenizer, config.vocab_size)
 
 
 def python_documentation() -> str:

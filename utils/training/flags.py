@@ -15,6 +15,8 @@ from utils.files import sha256_of_code
 from utils.training.data_source import choose_source
 from utils.weights.checkpoint import newest_model_file
 
+MOST_TIMES = 10**6  # that a run is evaluated or saved: the plan of a run lists them
+
 T = TypeVar("T")
 
 
@@ -142,18 +144,6 @@ def check_ranks_agree(args: Namespace, dist: Distributed) -> None:
     dist.check_equal(settings, "start every rank with the same command, code and version of torch")
 
 
-def check_typed(args: Namespace, found: dict[str, Any], source: str) -> None:
-    """Raises UserError if a flag on the command line contradicts the model that is loaded from `source`."""
-    wrong = [
-        f"{flag_of(name)} {getattr(args, name)} (found {value})"
-        for name, value in found.items()
-        if name in args.typed and getattr(args, name) != value
-    ]
-    if wrong:
-        what = f"{source} contradicts {', '.join(wrong)}"
-        raise UserError(what, "leave these flags out: a loaded model has its own sizes and tokenizer")
-
-
 def int_or_auto(text: str) -> int | str:
     """A whole number above zero, or "auto"."""
     return text if text == "auto" else positive_int(text)
@@ -185,6 +175,11 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
         problems.append(f"--warmup-steps {args.warmup_steps} is more than --max-steps {args.max_steps}")
     if args.seed >= 2**32:
         problems.append(f"--seed {args.seed} is not below 2**32")
+    for name in ("val_every", "hellaswag_every", "sample_every", "checkpoint_every"):
+        every = getattr(args, name)
+        if every and args.max_steps // every > MOST_TIMES:
+            flag, times = name.replace("_", "-"), f"{args.max_steps // every:,}"
+            problems.append(f"--{flag} {every} in --max-steps {args.max_steps} is {times} times")
     if args.min_lr > args.max_lr:
         problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
     try:
