@@ -118,8 +118,7 @@ def pack(
             manifest.save()
             break
         count = val_length(queue, shard_tokens, val_tokens) if number == 0 else min(shard_tokens, available)
-        tokens = queue.take(count)
-        sha256 = write_shard(manifest.folder / manifest.next_name(), tokens, count, tokens[0].dtype)
+        sha256 = write_shard(manifest.folder / manifest.next_name(), queue.take(count), count)
         manifest.add(sha256, count, queue.documents, queue.position)
 
 
@@ -150,8 +149,7 @@ def rebuild(manifest: Manifest, index: int, queue: TokenQueue) -> None:
     path = manifest.folder / record["name"]
     print(f"{path.name} is missing or damaged: building it again")
     count = min(record["tokens"], queue.fill(record["tokens"]))
-    tokens = queue.take(count)
-    sha256 = write_shard(path, tokens, count, tokens[0].dtype)
+    sha256 = write_shard(path, queue.take(count), count)
     if sha256 != record["sha256"]:
         path.unlink()
         what = f"{path.name} differs from the first time: SHA-256 {sha256}, in {FILE_NAME} {record['sha256']}"

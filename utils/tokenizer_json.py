@@ -90,7 +90,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     tokenizer.train_from_iterator((piece for text in texts for piece in pieces_of(valid_text(text))), trainer)
     if (found := tokenizer.get_vocab_size()) < vocab_size:
         warn(f"the text is too short for a BPE of {vocab_size:,} tokens: it has {found:,}")
-    return _state(json.loads(tokenizer.to_str()), END_OF_TEXT)
+    return state_of(tokenizer.to_str(), END_OF_TEXT)
 
 
 def read_tokenizer(path: Path) -> dict[str, Any]:
@@ -105,8 +105,9 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a {FILE_NAME}: {problem}", "restore the file, or use another one")
     config = path.with_name(CONFIG_NAME)
     if config.exists():
+        settings = read_text(config, flag="--tokenizer")
         try:
-            eos_token = json.loads(read_text(config, flag="--tokenizer")).get("eos_token")
+            eos_token = json.loads(settings).get("eos_token")
         except (ValueError, AttributeError, RecursionError) as error:
             hint = f"restore it; without that file the end-of-text token is {END_OF_TEXT}"
             raise UserError(f"cannot read {config}: {error}", hint) from error
@@ -115,15 +116,15 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
 
 def state_of(text: str, eos_token: str | None) -> dict[str, Any]:
     """State of a valid tokenizer.json; {"name": "gpt2"} if it is GPT-2's."""
-    content = json.loads(text)
-    tokens = _vocabulary(_load(text))
-    eos_token = next((token for token in (eos_token, END_OF_TEXT) if token in tokens), None)
-    state = _state(content, eos_token)
-    if has_tiktoken():
-        ids = JsonTokenizer(state).encode(PROBE)
-        if np.array_equal(ids, GPT2Tokenizer().encode(PROBE)):
-            return {"name": "gpt2"}
-    return state
+    text = json.dumps({**json.loads(text), **NOT_USED}, ensure_ascii=False, separators=(",", ":"))
+    tokenizer = _load(text)
+    tokenizer.encode_special_tokens = True
+    ids = tokenizer.encode(PROBE, add_special_tokens=False).ids
+    if has_tiktoken() and ids == GPT2Tokenizer().encode(PROBE).tolist():
+        return {"name": "gpt2"}
+    vocabulary = _vocabulary(tokenizer)
+    end_of_text = next((token for token in (eos_token, END_OF_TEXT) if token in vocabulary), None)
+    return {"name": type(tokenizer.model).__name__.lower(), "json": text, "end_of_text": end_of_text}
 
 
 def find_problem(text: Any) -> str | None:
@@ -157,12 +158,6 @@ def write_tokenizer(folder: Path, state: dict[str, Any], block_size: int | None 
     for name, text in ((FILE_NAME, state["json"]), (CONFIG_NAME, json.dumps(settings, indent=2) + "\n")):
         with whole_file(folder / name, durable=True) as file:
             file.write(text)
-
-
-def _state(content: dict[str, Any], end_of_text: str | None) -> dict[str, Any]:
-    content = {**content, **NOT_USED}
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
-    return {"name": type(_load(text).model).__name__.lower(), "json": text, "end_of_text": end_of_text}
 
 
 def _vocabulary(tokenizer: Any) -> dict[str, int]:
@@ -206,6 +201,8 @@ class JsonTokenizer:
         self._state, self.name = state, state["name"]
         try:
             self._library = _load(state["json"])
+        except UserError:
+            raise
         except ValueError as error:
             what = f"the model's {FILE_NAME} is damaged: {error}"
             raise UserError(what, "use an undamaged checkpoint or folder") from error
