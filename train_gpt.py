@@ -46,6 +46,7 @@ from utils.command_line import (
 )
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
+from utils.tokenizer_json import tokenizer_name
 from utils.training.data_source import Data, bytes_per_token, part_of
 from utils.training.dry_run import Plan, dry_run
 from utils.training.flags import (
@@ -92,7 +93,8 @@ flag = Flags()
 
 flag.group("model and data")
 DATA = flag("--data", None, path_text, "shards, text, .jsonl, .parquet; default: edu_fineweb10B/, input.txt")
-TOKENIZER = flag("--tokenizer", "gpt2", ("gpt2", "char"), "how a text file becomes tokens")
+TOKENIZER = flag("--tokenizer", None, tokenizer_name, "gpt2, char, bpe:N (N tokens, trained on the text) or "
+                 "a tokenizer.json; default: that of the shards, gpt2 for a text")
 SHUFFLE = flag("--shuffle", "on", ("on", "off"), "shuffle the windows by the seed, or keep the data's order")
 INIT_FROM = flag("--init-from", None, path_text, "start from gpt2[-medium|-large|-xl], checkpoint, folder")
 N_LAYER = flag("--n-layer", 12, positive_int, "number of layers")  # 12, 12, 768: GPT-2 124M
@@ -415,6 +417,7 @@ def set_up(
     which = (args.hellaswag_dir, args.hellaswag_examples, data.tokenizer, model.config.block_size)
     hellaswag = examples_for_training(*which, dist) if args.hellaswag_every else []
     reasons["data"] = f"{data.train.name} ({data.reason}), tokenizer {data.tokenizer.name}"
+    reasons["data"] += f" of {data.tokenizer.vocab_size:,} tokens"
     compile_reason = reasons.pop("compile", compiles.reason)  # of find_checkpoint, where it decided
     reasons["numerics"] = (
         f"{str(dtype.value)[len('torch.') :]} ({dtype.reason}); {matmul}; {numerics}; "

@@ -11,9 +11,10 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -21,19 +22,17 @@ import numpy as np
 
 from utils.command_line import Unfinished, UserError
 from utils.shards.documents import DocumentSource, Part, Position, parts_from, read_documents
-from utils.shards.encoder import encode_in_batches
+from utils.shards.encoder import Backend, encode_in_batches
 from utils.tokenizer import END_OF_TEXT_ID
 
 PARTS_PER_WORKER = 3  # submitted or finished ahead: no worker is idle, and memory stays bounded
-
-Backend = Callable[[Sequence[str]], np.ndarray]  # a function of utils/shards/encoder.py
 
 # Lets a UserError travel from a worker to the parent: by default, unpickling it fails for lack of the hint.
 copyreg.pickle(UserError, lambda error: (UserError, (str(error), error.hint)))
 
 
 class Block(NamedTuple):
-    """The tokens of one part, 1-D uint16: from position `start` of file number `file` up to `stop`."""
+    """The tokens of one part, 1-D: from position `start` of file number `file` up to `stop`."""
 
     file: int
     start: int
@@ -56,10 +55,10 @@ def tokenize_part(part: Part, text_field: str, backend: Backend) -> Block:
     return Block(part.file, part.start, part.stop, tokens)
 
 
-def _start_worker() -> None:
+def _start_worker(backend: Backend) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    encode_in_batches([""])  # loads what every part needs
+    backend([""])  # loads what every part needs
 
 
 def _exit_with_parent() -> None:
@@ -71,17 +70,19 @@ def _exit_with_parent() -> None:
 class TokenizerPool:
     """Worker processes; they start, in the background, when the `with` block begins.
 
-    With `num_workers` 1 the calling process does the work itself.
+    With `num_workers` 1 the calling process does the work itself. `backend` is called once in each process
+    when it starts.
     """
 
-    def __init__(self, num_workers: int):
-        self.num_workers = num_workers
+    def __init__(self, num_workers: int, backend: Backend = encode_in_batches):
+        self.num_workers, self._backend = num_workers, backend
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "TokenizerPool":
         if self.num_workers > 1:
             spawn = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(self.num_workers, spawn, initializer=_start_worker)
+            start = partial(_start_worker, self._backend)
+            self._executor = ProcessPoolExecutor(self.num_workers, spawn, initializer=start)
             for _ in range(self.num_workers):
                 self._executor.submit(num_cores)  # any call: a process starts when there is work for it
         return self
@@ -121,7 +122,8 @@ class TokenQueue:
     """Tokens of a corpus, taken in any amounts, with the position of the next one.
 
     `blocks` start with the part at `position`, that of the first token, before which `documents` documents
-    start. `on_tokens` is called with their number whenever some arrive. `num_tokens` are in the queue.
+    start. `on_tokens` is called with their number whenever some arrive. `num_tokens` are in the queue. A
+    document starts with the token `end_of_text`.
     """
 
     def __init__(
@@ -130,10 +132,11 @@ class TokenQueue:
         position: Position,
         documents: int = 0,
         on_tokens: Callable[[int], object] = lambda count: None,
+        end_of_text: int = END_OF_TEXT_ID,
     ):
         self.position, self.documents = position, documents
         self.num_tokens = 0
-        self._source, self._on_tokens = blocks, on_tokens
+        self._source, self._on_tokens, self._end_of_text = blocks, on_tokens, end_of_text
         self._to_skip = position.skip
         self._blocks: deque[Block] = deque()
         self._used = 0  # tokens of the first block that are no longer in the queue
@@ -155,7 +158,7 @@ class TokenQueue:
         """Indices in the queue at which documents start, 1-D integers."""
         starts, index = [np.zeros(0, dtype=np.int64)], -self._used
         for block in self._blocks:
-            starts.append(index + np.flatnonzero(block.tokens == END_OF_TEXT_ID))
+            starts.append(index + np.flatnonzero(block.tokens == self._end_of_text))
             index += len(block.tokens)
         found = np.concatenate(starts)
         return found[found >= 0]
@@ -169,7 +172,7 @@ class TokenQueue:
             block = self._blocks[0]
             pieces.append(block.tokens[self._used : self._used + count])
             count -= len(pieces[-1])
-            self.documents += int(np.count_nonzero(pieces[-1] == END_OF_TEXT_ID))
+            self.documents += int(np.count_nonzero(pieces[-1] == self._end_of_text))
             self._used += len(pieces[-1])
             self.position = Position(block.file, block.start, self._used)
             if self._used == len(block.tokens):

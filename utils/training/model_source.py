@@ -10,8 +10,9 @@ from utils.command_line import UserError, format_bytes
 from utils.distributed import Distributed
 from utils.runtime import memory_bytes
 from utils.tokenizer import Tokenizer, check_vocab_size
-from utils.training.data_source import Data, available_tokenizer, fetch, open_data
+from utils.training.data_source import Data, fetch, open_data
 from utils.training.flags import flag_of
+from utils.training.tokenizing import fits_request, requested_tokenizer
 from utils.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ def load_model(
         model, source = factory.load(args.init_from), args.init_from
     else:
         return None
-    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    check_typed(args, dict(sizes, tokenizer=model.tokenizer_state["name"]), source)
+    found = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    if args.tokenizer and not fits_request(args.tokenizer, model.tokenizer_state):
+        found["tokenizer"] = model.tokenizer_state["name"]
+    check_typed(args, found, source)
     return model.to(dist.device)
 
 
@@ -53,9 +56,10 @@ def load_model_and_data(
     """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
     model = load_model(factory, args, dist, checkpoint)
     args.seq_len = args.seq_len or model.config.block_size
-    tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
+    tokenizer = model.tokenizer_state if model else requested_tokenizer(args.tokenizer, checkpoint, dist)
     shortest = 0 if args.eval_part else args.seq_len  # a part may be shorter than a window
     data = open_data(fetch(args.data, dist), tokenizer, shortest, dist)
+    args.tokenizer = args.tokenizer or data.tokenizer.name
     sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.seq_len)
     sizes.update(vocab_size=data.tokenizer.padded_vocab_size)
     # Too large a model is an error before anything is allocated; a dry run reports it.

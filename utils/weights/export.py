@@ -23,6 +23,7 @@ from utils.command_line import ArgumentParser, Unfinished, UserError, run_script
 from utils.files import temporary_name
 from utils.runtime import eval_mode
 from utils.tokenizer import END_OF_TEXT, Tokenizer, read_merges, token_strings, tokenizer_from_state
+from utils.tokenizer_json import write_tokenizer as write_tokenizer_json
 from utils.weights.pretrained import CHARACTERS_FILE, TRANSPOSED
 
 if TYPE_CHECKING:
@@ -78,6 +79,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> str:
         characters = tokenizer.state()["characters"]
         write_json(folder / CHARACTERS_FILE, {character: i for i, character in enumerate(characters)})
         return f"{CHARACTERS_FILE}: ids of a character model, for which transformers has no tokenizer"
+    if tokenizer.name != "gpt2":
+        write_tokenizer_json(folder, tokenizer.state(), block_size)
+        return "tokenizer.json: the model's own tokenizer, for AutoTokenizer"
     write_json(folder / "vocab.json", {token: i for i, token in enumerate([*token_strings(), END_OF_TEXT])})
     (folder / "merges.txt").write_bytes(read_merges().encode("utf-8"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from utils.command_line import LARGEST_INT, LARGEST_NUMBER, UserError, format_bytes, shown
 from utils.runtime import memory_bytes
+from utils.tokenizer_json import MODELS
+from utils.tokenizer_json import find_problem as find_json_problem
 
 FORMAT, VERSION = "minigpt-ckpt", 1
 UNCHANGED = "use a file that train_gpt.py wrote, unchanged"  # a hint
@@ -157,6 +159,13 @@ TOKENIZERS: dict[str, Schema] = {
         )
     },
     "folder": {},
+    **dict.fromkeys(
+        MODELS,
+        {
+            "json": Rule("the text of a tokenizer.json", lambda value: find_json_problem(value) is None),
+            "end_of_text": Rule("a text or None", lambda value: value is None or isinstance(value, str)),
+        },
+    ),
 }
 # What each optimizer, by its key in an optimizer file, holds for every parameter: "step" is one number, the
 # others have the shape of the parameter.
