@@ -28,7 +28,7 @@ def plan_of(log_dir: Path, **changes: Any) -> Plan:
     """The plan of 100 steps of 2 micro-steps of 4 rows of 16 tokens with a tiny model."""
     settings = dict(micro_batch=4, seq_len=16, total_batch_tokens=128, max_steps=100, log_dir=log_dir)
     settings.update(val_every=25, val_tokens=1600, checkpoint_every=30, keep_checkpoints=2, keep_every=60)
-    settings.update(cost_per_hour=None)
+    settings.update(cost_per_hour=None, optimizer="adamw")
     val = Namespace(num_val_windows=lambda num_tokens: num_tokens // 16)
     args = Namespace(**{**settings, **changes})
     return Plan(args, GPT(tiny_config()), Namespace(), val, 2, Distributed(CPU), {})
@@ -212,13 +212,14 @@ def test_a_model_that_cannot_fit_is_reported_within_seconds(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_fits_if_sixteen_bytes_a_parameter_do(monkeypatch):
-    """float32 parameters, gradients and two moments; a model that does not fit takes no memory."""
+@pytest.mark.parametrize(("optimizer", "saved"), [("adamw", 0), ("muon", 4 * 24_576)])
+def test_a_model_fits_if_sixteen_bytes_a_parameter_do(optimizer, saved, monkeypatch):
+    """float32 parameters, gradients and two moments, or one; a model that does not fit takes no memory."""
     config = tiny_config()
-    num_parameters = GPT(config).num_parameters()
-    for memory, fits in ((16 * num_parameters, True), (16 * num_parameters - 1, False), (None, True)):
+    need = 16 * GPT(config).num_parameters() - saved
+    for memory, fits in ((need, True), (need - 1, False), (None, True)):
         monkeypatch.setattr(dry_run, "memory_bytes", lambda device, memory=memory: memory)
-        outline = outline_if_too_large(lambda: GPT(config), Distributed(CPU))
+        outline = outline_if_too_large(lambda: GPT(config), optimizer, Distributed(CPU))
         assert (outline is None) is fits
         if outline is not None:
             assert all(parameter.is_meta for parameter in outline.parameters())

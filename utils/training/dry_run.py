@@ -16,6 +16,7 @@ from utils.files import free_bytes
 from utils.fused_loss import loss_backend
 from utils.runtime import memory_bytes, peak_flops, peak_memory_bytes
 from utils.training.micro_batch import forward_backward
+from utils.training.optimizers import num_moments
 from utils.training.state import TrainState, due_steps
 from utils.weights.checkpoint import checkpoints_to_keep, pair_bytes
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
 
 DRY_RUN_STEPS = 5  # micro-steps
 FORWARD_SHARE = 1 / 3  # of the work on a training token: the backward pass takes the other two thirds
-STATE_BYTES = 16  # per parameter, all float32: parameter, gradient, both moments of AdamW
+
+
+def state_bytes(model: "GPT", optimizer: str) -> int:
+    """Bytes of parameters, gradients and moments, all in float32."""
+    return 8 * model.num_parameters() + 4 * num_moments(model, optimizer)
 
 
 @dataclass
@@ -66,7 +71,8 @@ class Plan:
         saved = due_steps(args.checkpoint_every, args.max_steps)[1:] or [args.max_steps]
         kept = checkpoints_to_keep(saved, args.keep_checkpoints, args.keep_every, args.max_steps)
         models, optimizers = map(len, kept)
-        model_bytes, optimizer_bytes = pair_bytes(self.model.num_parameters())
+        moments = num_moments(self.model, args.optimizer)
+        model_bytes, optimizer_bytes = pair_bytes(self.model.num_parameters(), moments)
         best = 1 if args.val_every else 0  # model_best.pt; while it is written, no other file is
         need = (models + best + 1) * model_bytes + (optimizers + 1) * optimizer_bytes
         free = free_bytes(args.log_dir)
@@ -112,12 +118,12 @@ class Plan:
         return lines
 
 
-def outline_if_too_large(build: Callable[[], "GPT"], dist: Distributed) -> "GPT | None":
+def outline_if_too_large(build: Callable[[], "GPT"], optimizer: str, dist: Distributed) -> "GPT | None":
     """The model on the meta device if weights, gradients and moments exceed the known memory, else None."""
     with torch.device("meta"):
         outline = build()
     memory = memory_bytes(dist.device)
-    too_large = memory is not None and STATE_BYTES * outline.num_parameters() > memory
+    too_large = memory is not None and state_bytes(outline, optimizer) > memory
     return outline if dist.max_number(too_large) else None  # on all ranks alike
 
 
@@ -134,7 +140,7 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
         say(checkpoints)
     elif plan.dist.is_master:
         warn(checkpoints)
-    device, minimum = plan.dist.device, format_bytes(STATE_BYTES * plan.model.num_parameters())
+    device, minimum = plan.dist.device, format_bytes(state_bytes(plan.model, plan.args.optimizer))
     if state.model.lm_head.weight.is_meta:  # see outline_if_too_large
         memory = format_bytes(memory_bytes(device))
         needed = f"parameters, gradients and moments alone take {minimum}"

@@ -54,12 +54,14 @@ class Flags:
 
 
 def read_flags(
-    flags: Flags, argv: list[str] | None, presets: dict[str, dict], preset_for: dict[tuple[str, str], str]
-) -> tuple[Namespace, str]:
-    """Settings: flags over the preset over the constants. Also returns why the preset was chosen.
+    flags: Flags, argv: list[str] | None, presets: dict[str, dict], preset_for: dict[tuple[str, str], str],
+    recipes: dict[str, dict[str, dict]],
+) -> tuple[Namespace, str]:  # fmt: skip
+    """Settings: flags over the recipe over the preset over the constants; also why the preset was chosen.
 
     `typed` of the settings holds the names of those on the command line. `preset_for` names the preset for
-    each pair of device ("CUDA", "no CUDA") and data ("shards", "a text", "characters").
+    each pair of device ("CUDA", "no CUDA") and data ("shards", "a text", "characters"). `recipes` holds what
+    each recipe changes in each preset.
     """
     defaults, given = flags.parser.parse_defaults_and_given(argv)
     typed, reason = sorted(given), "--preset"
@@ -69,7 +71,7 @@ def read_flags(
         text = "characters" if given.get("tokenizer") == "char" else "a text"
         chosen_by = ("CUDA" if on_cuda else "no CUDA", "shards" if has_shards else text)
         given["preset"], reason = preset_for[chosen_by], ", ".join(chosen_by)
-    preset = presets[given["preset"]]
+    preset = presets[given["preset"]] | recipes[given.get("recipe", defaults["recipe"])][given["preset"]]
     assert preset.keys() <= defaults.keys(), f"preset {given['preset']} sets a flag that does not exist"
     args = Namespace(**{**defaults, **preset, **given}, typed=typed)
     if args.eval_only:
@@ -106,6 +108,9 @@ UNUSED: tuple[tuple[str, Callable[[Namespace], bool], tuple[str, ...]], ...] = (
         ("hellaswag_examples", "hellaswag_dir"),
     ),
     ("without --dry-run", lambda args: not args.dry_run, ("cost_per_hour",)),
+    ("with --optimizer adamw", lambda args: args.optimizer == "adamw", ("muon_lr",)),
+    ("with --schedule cosine", lambda args: args.schedule == "cosine", ("decay_fraction",)),
+    ("with --schedule linear", lambda args: args.schedule == "linear", ("min_lr",)),
 )
 
 
@@ -178,6 +183,8 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
         problems.append(f"--seed {args.seed} is not below 2**32")
     if args.min_lr > args.max_lr:
         problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
+    if args.decay_fraction > 1:
+        problems.append(f"--decay-fraction {args.decay_fraction:g} is above 1")
     try:
         micro_batch = 1 if args.micro_batch == "auto" else args.micro_batch
         accumulation_steps(args.total_batch_tokens, micro_batch, args.seq_len, world_size)
