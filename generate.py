@@ -11,6 +11,7 @@ if __name__ == "__main__":
     begin_script()
 
 import io
+import os
 import sys
 from argparse import Namespace
 from contextlib import suppress
@@ -64,7 +65,7 @@ def sample_texts(
 def read_prompt(argument: str | None) -> str:
     """The prompt that -p names: None or `-` is standard input, `FILE:path` a file, anything else is text."""
     if argument is not None and argument.startswith("FILE:"):
-        return read_text(Path(path_text(argument[len("FILE:") :])), flag="-p FILE:")
+        return read_text(Path(os.path.expanduser(argument[len("FILE:") :])), flag="-p FILE:")
     name = "standard input" if argument in (None, "-") else "-p"
     try:
         # Bytes that are not UTF-8 arrive as surrogates.
@@ -110,7 +111,7 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     add("--temperature", type=command_line.non_negative_float, default=0.8, help="0 is greedy decoding")
     add("--top-k", type=command_line.positive_int, default=50, help="sample from the k likeliest tokens")
     add("--top-p", type=command_line.positive_float, help="of those, the likeliest of this total probability")
-    add("--seed", type=int, default=42, help="seed of the random number generator")
+    add("--seed", type=command_line.non_negative_int, default=42, help="seed of the random number generator")
     add("-d", "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of weights and matmuls")
     args = parser.parse_args(argv)

@@ -335,7 +335,7 @@ def sample_token(
     """
     if check_finite and not torch.isfinite(logits).all():
         raise FloatingPointError("non-finite logits")
-    if temperature == 0:
+    if temperature < torch.finfo(logits.dtype).tiny:  # 0, or rounded to it: greedy, the limit
         return logits.argmax(dim=-1, keepdim=True)
     # Sorted only as far as needed: sorting the whole vocabulary would dominate the cost.
     top_k = min(top_k or logits.size(-1), logits.size(-1))

@@ -20,8 +20,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from utils import runtime
 from utils.command_line import (
     Unfinished,
     UserError,
+    bits_per_byte,
     format_duration,
     non_negative_float,
     non_negative_int,
@@ -46,14 +46,13 @@ from utils.command_line import (
 )
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
-from utils.training.data_source import Data, available_tokenizer, check_model_reads, fetch, open_data
-from utils.training.dry_run import Plan, dry_run, outline_if_too_large
+from utils.training.data_source import Data, bytes_per_token, part_of
+from utils.training.dry_run import Plan, dry_run
 from utils.training.flags import (
     Flags,
     accumulation_steps,
     check_ranks_agree,
     check_training_settings,
-    check_typed,
     int_or_auto,
     read_flags,
     warn_of_unused,
@@ -67,6 +66,7 @@ from utils.training.micro_batch import (
     time_micro_batch,
     warm_up,
 )
+from utils.training.model_source import ModelFactory, load_model_and_data
 from utils.training.optimizers import make_optimizers
 from utils.training.resume import (
     Identity,
@@ -128,6 +128,8 @@ SAMPLE_PROMPT = flag("--sample-prompt", "Hello, I'm a language model,", str, "pr
 SAMPLE_TOKENS, NUM_SAMPLES = 32, 4  # per sample; samples each time
 PATIENCE = flag("--patience", 0, non_negative_int, "stop after N validations without a new best; 0: never")
 flag("--eval-only", False, bool, "print the val loss of --init-from or of the newest checkpoint, and stop")
+flag("--eval-part", None, ("val", "train", "all"), "with --eval-only: score every token of this part")
+flag("--stride", None, positive_int, "with --eval-part: tokens scored per window, the others are context")
 
 flag.group("running")
 LOG_DIR = flag("--log-dir", Path(__file__).resolve().parent / "log", Path, "folder of logs and checkpoints")
@@ -233,23 +235,24 @@ def learning_rate_for(
 
 @torch.no_grad()
 def evaluate(
-    model: GPT, loader: WindowLoader, num_tokens: int, dist: Distributed, dtype: torch.dtype,
+    model: GPT, batches: Iterable[tuple[Tensor, Tensor] | None], dist: Distributed, dtype: torch.dtype,
     poll: Callable[[], None] = lambda: None,
 ) -> float:  # fmt: skip
-    """Mean loss in nats on the first `num_tokens` val tokens, for any number of ranks and any micro-batch.
+    """Mean loss in nats on the batches of all ranks; equal for any number of ranks and any micro-batch.
 
     `poll` is called before every batch, equally often on all ranks; its exceptions end the evaluation.
     """
     model.eval()  # like train() below, without effect today: there is no dropout
     loss_sum, count = 0.0, 0
-    for batch in loader.val_batches(num_tokens):
+    for batch in batches:
         poll()  # may raise Stopped: an evaluation takes minutes, a batch system waits for seconds
         if batch is not None:  # None: only other ranks have a batch left in this round
             with runtime.autocast(dist.device, dtype):
                 _, loss = model(*batch, return_logits=False)
-            # Weighted by tokens: the last batch may have fewer rows.
-            loss_sum += loss.item() * batch[0].numel()
-            count += batch[0].numel()
+            # Weighted by tokens: the last batch may have fewer rows, and targets of -100 are not scored.
+            scored = int((batch[1] >= 0).sum())
+            loss_sum += loss.item() * scored
+            count += scored
     model.train()
     # Sums and counts are reduced, not means: ranks may have evaluated different numbers of tokens.
     loss_sum, count = dist.sum_numbers(loss_sum, count)
@@ -311,6 +314,7 @@ class Run(NamedTuple):
     data: Data
     train_loader: WindowLoader
     val_loader: WindowLoader
+    val_bytes_per_token: float  # of the targets of an evaluation
     hellaswag: list[Any]  # tokenized examples; empty where HellaSwag is off
     micro_steps: int  # of an update
     plan: Plan
@@ -352,9 +356,10 @@ def train(run: Run, log: RunLog) -> None:
         # Evaluations use the raw module, which shares the weights: no recompilation, no DDP hooks. `done`
         # goes into the checkpoint, so a run that is stopped in between repeats none and omits none.
         if progress.is_due("val", args.val_every, last=last):
-            loss = evaluate(state.model, run.val_loader, args.val_tokens, dist, run.dtype, poll)
+            loss = evaluate(state.model, run.val_loader.val_batches(args.val_tokens), dist, run.dtype, poll)
             stop_on_non_finite_val_loss(loss, progress.step, state.newest_checkpoint)  # before it is logged
-            log.log_validation(progress.step, loss, progress.windows * args.seq_len, progress.seconds)
+            tokens = progress.windows * args.seq_len
+            log.log_validation(progress.step, loss, run.val_bytes_per_token, tokens, progress.seconds)
             if progress.note_val_loss(loss):
                 save_best(state, run.identity, args, log, dist)
             progress.done.append("val")
@@ -395,38 +400,7 @@ def train(run: Run, log: RunLog) -> None:
 # Before and after the loop
 
 
-def load_model(args: Namespace, dist: Distributed, checkpoint: Checkpoint | None) -> GPT | None:
-    """The model of `--init-from`; for a run that started from one, that of its own checkpoint, without its
-    weights. None where the flags decide. Raises UserError if flags on the command line contradict it."""
-    if checkpoint and checkpoint.state["train_args"].get("init_from"):
-        model = GPT(GPTConfig(**checkpoint.model["config"]))
-        model.tokenizer_state, source = checkpoint.model["tokenizer"], checkpoint.path
-    elif args.init_from and not checkpoint:
-        model, source = GPT.load(args.init_from), args.init_from
-    else:
-        return None
-    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    check_typed(args, dict(sizes, tokenizer=model.tokenizer_state["name"]), source)
-    return model.to(dist.device)
-
-
-def load_model_and_data(
-    args: Namespace, dist: Distributed, checkpoint: Checkpoint | None = None
-) -> tuple[GPT, Data]:
-    """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
-    model = load_model(args, dist, checkpoint)
-    args.seq_len = args.seq_len or model.config.block_size
-    tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
-    data = open_data(fetch(args.data, dist), tokenizer, args.seq_len, dist)
-    if model is None:
-        sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd)
-        config = GPTConfig(args.seq_len, data.tokenizer.padded_vocab_size, **sizes)
-        # A dry run reports that a model is too large, without trying to allocate it.
-        build = partial(GPT, config)
-        outline = outline_if_too_large(build, args.optimizer, dist) if args.dry_run else None
-        model = outline or GPT(config).to(dist.device)
-    check_model_reads(model.config, args.seq_len, data.tokenizer)
-    return model, data
+MODELS = ModelFactory(new=lambda **sizes: GPT(GPTConfig(**sizes)), load=lambda source: GPT.load(source))
 
 
 def set_up(
@@ -438,7 +412,7 @@ def set_up(
     dtype = runtime.choose_dtype(args.dtype, dist.device)
     numerics = runtime.set_numerics(args.seed, deterministic=args.deterministic)
     dist.check_equal({"the dtype": dtype.value}, "give --dtype a value that all devices support")
-    model, data = load_model_and_data(args, dist, checkpoint)
+    model, data = load_model_and_data(MODELS, args, dist, checkpoint)
     matmul = runtime.choose_matmul(model)
     torch.manual_seed(args.seed + dist.rank)  # weights are equal on all ranks, later draws are not
     if args.micro_batch == "auto":
@@ -478,7 +452,10 @@ def set_up(
     plan = Plan(args, model, train_loader, val_loader, micro_steps, dist, reasons)
     identity = identity_of(args, model, data, dist, dtype.value, compiled=compiles.value)
     loaders = (train_loader, val_loader)
-    return Run(args, dist, stop, dtype.value, state, data, *loaders, hellaswag, micro_steps, plan, identity)
+    num_targets = val_loader.num_val_windows(args.val_tokens) * args.seq_len
+    val_bytes = bytes_per_token(val_loader, num_targets, data.tokenizer)
+    rest = (val_bytes, hellaswag, micro_steps, plan, identity)
+    return Run(args, dist, stop, dtype.value, state, data, *loaders, *rest)
 
 
 def run_to_the_end(run: Run, lines: list[str]) -> int:
@@ -530,19 +507,34 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
 
 
 def report_val_loss(args: Namespace, dist: Distributed) -> int:
-    """`--eval-only`: prints val loss and perplexity of a model. Returns the exit code."""
+    """`--eval-only`: prints val loss and perplexity of a model. Returns the exit code.
+
+    With `--eval-part`, every token of that part but the first is scored once, else whole windows of val.
+    """
     dtype = runtime.choose_dtype(args.dtype, dist.device).value
     args.micro_batch = 8 if args.micro_batch == "auto" else args.micro_batch  # no gradients: little to gain
-    model, data = load_model_and_data(args, dist)
+    model, data = load_model_and_data(MODELS, args, dist)
     runtime.choose_matmul(model)
-    loader = WindowLoader(data.val, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
-    loss = evaluate(model, loader, args.val_tokens, dist, dtype)
+    stream = part_of(data, args.eval_part or "val")
+    if stream.num_tokens < 2:
+        raise UserError(f"{stream.name} has {stream.num_tokens} token(s)", "evaluate at least two tokens")
+    loader = WindowLoader(stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
+    if args.eval_part:
+        if args.stride and args.stride > args.seq_len:
+            what = f"--stride {args.stride} is more than the {args.seq_len} tokens of a window"
+            raise UserError(what, "give at most the window's length: --seq-len, or the model's block size")
+        batches, num_targets = loader.sliding_batches(args.stride or args.seq_len), stream.num_tokens - 1
+    else:
+        batches = loader.val_batches(args.val_tokens)
+        num_targets = loader.num_val_windows(args.val_tokens) * args.seq_len
+    loss = evaluate(model, batches, dist, dtype)
     if not math.isfinite(loss):
         raise UserError(f"{args.init_from}: val loss {loss}", "use --dtype float32, or other weights")
     if dist.is_master:
-        tokens = loader.num_val_windows(args.val_tokens) * args.seq_len
-        result = f"val loss {loss:.4f} | perplexity {perplexity(loss)}"
-        print(f"{args.init_from}: {result} | {tokens:,} tokens of {data.val.name}")
+        bits = bits_per_byte(loss, bytes_per_token(loader, num_targets, data.tokenizer))
+        result = f"{args.eval_part or 'val'} loss {loss:.4f} | perplexity {perplexity(loss)}"
+        result += f" | {bits:.4f} bits per byte" if bits is not None else ""
+        print(f"{args.init_from}: {result} | {num_targets:,} tokens of {stream.name}")
     return 0
 
 

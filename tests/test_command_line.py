@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ from utils.command_line import (
     UserError,
     format_bytes,
     format_duration,
+    path_text,
     perplexity,
     positive_int,
     run_script,
@@ -102,3 +104,15 @@ def test_weights_that_cannot_be_downloaded_are_a_user_error(tmp_path):
     assert process.returncode == 2, process.stderr
     assert "error: cannot download " in process.stderr and "HF_HOME" in process.stderr
     assert "Traceback" not in process.stderr and time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("type", [Path, path_text])
+def test_a_path_may_begin_with_a_tilde_and_has_no_nul(type, monkeypatch, tmp_path):
+    """The shell expands neither `--log-dir=~/x` nor a quoted one; a tilde inside a name is a tilde."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parser = ArgumentParser(prog="x")
+    parser.add_argument("--log-dir", type=type, nargs="+")
+    for given, expected in (("~/a_b", f"{tmp_path}/a_b"), ("~", str(tmp_path)), ("a~b", "a~b"), ("", "")):
+        assert parser.parse_args([f"--log_dir={given}"]).log_dir == [type(expected)]
+    with pytest.raises(UserError, match=r"'a\\x00b' has a NUL character"):
+        parser.parse_args(["--log-dir", "a\0b"])

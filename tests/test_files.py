@@ -265,3 +265,10 @@ def test_a_download_appears_when_it_is_complete_and_correct(server: FileServer, 
             download(server.url + path, tmp_path / "good", digest, len(body))
     assert names(tmp_path) == ["good"]
     assert (tmp_path / "good").read_bytes() == body
+
+
+def test_a_text_with_a_file_name_that_is_not_utf8_is_written(tmp_path):
+    """As in a report: every reader of UTF-8 can read it, and the name can be recognised."""
+    with whole_file(tmp_path / "a.txt") as file:
+        file.write(os.fsdecode(b"caf\xe9.txt") + "\u00e9")
+    assert (tmp_path / "a.txt").read_bytes() == b"caf\\udce9.txt\xc3\xa9"

@@ -46,6 +46,48 @@ def test_a_prompt_is_read_from_flag_file_or_standard_input(checkpoint, tmp_path,
         assert printed(capsys, *flags, *prompt) == expected
 
 
+def test_odd_prompts_are_answered(checkpoint, tmp_path, monkeypatch, capsys):
+    """Only line breaks, a NUL character, a byte order mark; FILE:~ is in the home folder."""
+    flags = ("-m", checkpoint, "--max-new-tokens", 4)
+    assert printed(capsys, *flags, "-p", "\n\n").startswith("\n\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("to\0be"))
+    assert printed(capsys, *flags).startswith("to\0be")
+    expected = printed(capsys, *flags, "-p", "to be")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffto be"))
+    assert printed(capsys, *flags) == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfto be")
+    assert printed(capsys, *flags, "-p", "FILE:~/prompt.txt") == expected
+
+
+def test_a_prompt_that_is_not_utf8_is_refused(checkpoint, tmp_path, monkeypatch):
+    """As an argument, on standard input with both of Python's error handlers, and in a file."""
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9 au lait")
+    flags = ["-m", str(checkpoint), "-d", "cpu"]
+    for prompt in (
+        b"caf\xe9".decode("utf-8", "surrogateescape"),
+        f"FILE:{tmp_path / 'prompt.txt'}",
+        "FILE:a\0b",
+    ):
+        with pytest.raises(UserError, match="is not UTF-8|null byte"):
+            generate.main([*flags, "-p", prompt])
+    for errors in ("strict", "surrogateescape"):
+        stream = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stream)
+        with pytest.raises(UserError, match="standard input: the prompt is not UTF-8"):
+            generate.main([*flags, "-p", "-"])
+
+
+@pytest.mark.parametrize("temperature", ["1e-320", "1e-45", "1e-38", "1e-20"])
+@pytest.mark.parametrize("more", [(), ("--top-k", "27"), ("--top-p", "0.5")])
+def test_a_temperature_near_zero_is_greedy(checkpoint, capsys, temperature, more):
+    """Its limit, also where the number is zero in float32."""
+    flags = ("-m", checkpoint, "-p", "to be", "--max-new-tokens", 9, *more)
+    assert printed(capsys, *flags, "--temperature", temperature) == printed(
+        capsys, *flags, "--temperature", 0
+    )
+
+
 def test_several_samples_are_numbered_and_seeded(checkpoint, capsys):
     """-n texts under headings; another seed gives other texts; greedy ones are identical."""
     flags = ("-m", checkpoint, "-p", "a", "-n", 3, "--max-new-tokens", 12)
@@ -137,8 +179,9 @@ def test_an_incomplete_character_is_held_back(monkeypatch):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--temperature -1", "--temperature nan", "--top-k 0", "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0",
-     "--max-new-tokens -5", "-p FILE:none.txt", "-d cpu --dtype float16"],
+    ["--temperature -1", f"--seed {2**64}", f"--seed -{2**63 + 1}", "--temperature nan", "--top-k 0",
+     "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0", "--max-new-tokens -5", "-p FILE:none.txt",
+     "-d cpu --dtype float16"],
 )  # fmt: skip
 def test_invalid_settings_are_refused(flags, checkpoint, capsys):
     """Exit code 2 and two lines; the hint names this script's flags."""

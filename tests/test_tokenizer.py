@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
+from utils import tokenizer as tokenizer_module
 from utils.command_line import UserError
 from utils.tokenizer import (
     MERGES_PATH,
@@ -109,6 +110,35 @@ def test_a_text_that_tiktoken_cannot_split_is_an_error(allow_special, capfd):
         GPT2Tokenizer().encode(" " * 2_000_000 + "x", allow_special)
     panics = version("tiktoken").startswith(("0.6.", "0.7.", "0.8.", "0.9."))
     assert panics or capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("allow_special", [False, True])
+def test_a_long_text_is_encoded_in_pieces_with_the_ids_of_the_whole(monkeypatch, allow_special):
+    """Wherever it is cut: white space of all kinds, special tokens, punctuation, no white space at all."""
+    text = (
+        "".join(TEXTS)
+        + "a  b\u3000\n c\t\x1c d\x1f \x85 e<|endoftext|> \n<|endoftext|>'s it's \r\n\r\n x " * 20
+    )
+    expected = tokenizer_module._encode_piece(text, allow_special)
+    calls = []
+    real = tokenizer_module._encode_piece
+    monkeypatch.setattr(
+        tokenizer_module, "_encode_piece", lambda piece, allow: calls.append(piece) or real(piece, allow)
+    )
+    for size in (1, 2, 3, 7, 50, 1 << 20):
+        monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", size)
+        calls.clear()
+        assert GPT2Tokenizer().encode(text, allow_special).tolist() == expected
+        assert "".join(calls) == text and (len(calls) > 1) == (size < len(text))
+    assert GPT2Tokenizer().encode("", allow_special).tolist() == []
+
+
+def test_the_calls_for_a_long_text_are_short(monkeypatch):
+    """Between two of them a signal is handled: none gets more than about a megabyte."""
+    sizes = []
+    monkeypatch.setattr(tokenizer_module, "_encode_piece", lambda piece, _: sizes.append(len(piece)) or [])
+    GPT2Tokenizer().encode("It was the best of times. " * 200_000)
+    assert len(sizes) == 5 and max(sizes) < 1.1e6
 
 
 def test_only_rank_0_reports_unknown_characters(capsys, monkeypatch):

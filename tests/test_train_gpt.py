@@ -17,8 +17,10 @@ import train_gpt
 from gpt_model import GPT
 from tests.conftest import ROOT, run, tiny_model
 from tests.small_runs import TEXT, assert_same_losses, small_args
+from utils.command_line import UserError
 from utils.data_loader import TextStream, WindowLoader
 from utils.distributed import Distributed
+from utils.tokenizer import gpt2_encoding, tokenizer_from_state
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,9 @@ def test_eval_only_gives_the_val_loss_of_the_log(finished_run, capsys):
     logged = (log_dir / "log.txt").read_text().split(" val ")[-1].split()[0]
     flags = ("--eval-only", "--init-from", str(log_dir / "model_00030.pt"), "--micro-batch", "7")
     assert train_gpt.main(small_args(text_file, log_dir, *flags)) == 0
-    loss, perplexity = re.search(r"val loss (\S+) \| perplexity (\S+) \|", capsys.readouterr().out).groups()
+    out = capsys.readouterr().out
+    loss, perplexity, bits = re.search(r"val loss (\S+) \| perplexity (\S+) \| (\S+) bits", out).groups()
+    assert float(bits) == pytest.approx(float(logged) / math.log(2), abs=1e-4)  # one byte a character
     assert loss == logged and float(perplexity) == pytest.approx(math.exp(float(logged)), rel=1e-3)
 
 
@@ -134,6 +138,28 @@ def test_accumulation_changes_rounding_only(text_file, tmp_path):
         flags = ("--max-steps", "8", "--micro-batch", micro_batch, "--sample-every", "0")
         assert train_gpt.main(small_args(text_file, tmp_path / micro_batch, *flags)) == 0
     assert_same_losses(tmp_path / "1", tmp_path / "8")
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_bits_per_byte_divide_the_loss_by_the_bytes_of_the_text(tokenizer, tmp_path):
+    """All tokens' bytes, of characters as UTF-8, of BPE tokens also where a token is part of a character."""
+    text = tmp_path / "text.txt"
+    text.write_text("Größe, café, 日本の猫 🐈‍⬛!\n" * 90, encoding="utf-8")
+    flags = ("--tokenizer", tokenizer, "--max-steps", "1", "--sample-every", "0")
+    assert train_gpt.main(small_args(text, tmp_path / "log", *flags)) == 0
+    records = [json.loads(line) for line in (tmp_path / "log" / "metrics.jsonl").read_text().splitlines()]
+    record = next(record for record in records if record["kind"] == "val")
+    state = GPT.load(tmp_path / "log" / "model_00001.pt").tokenizer_state
+    ids = tokenizer_from_state(state).encode(text.read_text("utf-8"))
+    val = ids[int(0.9 * len(ids)) :]
+    targets = val[1 : (len(val) - 1) // 16 * 16 + 1].tolist()  # of whole windows
+    if tokenizer == "char":
+        num_bytes = len("".join(state["characters"][i] for i in targets).encode("utf-8"))
+    else:
+        num_bytes = len(gpt2_encoding().decode_bytes(targets))
+    assert record["bits_per_byte"] == pytest.approx(
+        record["loss"] * len(targets) / math.log(2) / num_bytes, rel=1e-9
+    )
 
 
 def test_fine_tuning_starts_from_the_checkpoint(finished_run, tmp_path):
@@ -190,13 +216,49 @@ def test_evaluation_is_exact_for_any_micro_batch():
     stream = TextStream("t", np.random.RandomState(0).randint(0, 97, 400).astype(np.uint16), 0, {})
     model, alone = tiny_model(), Distributed(torch.device("cpu"))
     losses = [
-        train_gpt.evaluate(model, WindowLoader(stream, 16, micro_batch), 10**6, alone, torch.float32)
+        train_gpt.evaluate(
+            model, WindowLoader(stream, 16, micro_batch).val_batches(10**6), alone, torch.float32
+        )
         for micro_batch in (1, 7, 100)
     ]
     rows = torch.from_numpy(stream.tokens[:385].astype(np.int64))
     logits, truth = model(rows[:384].view(24, 16), rows[1:].view(24, 16))
     assert max(losses) - min(losses) < 1e-6
     assert abs(losses[0] - truth.item()) < 1e-5
+
+
+@pytest.mark.parametrize(("num_tokens", "stride"), [(100, 16), (100, 5), (97, 1), (17, 4), (9, 16), (2, 3)])
+def test_every_token_but_the_first_is_scored_once_with_its_context(num_tokens, stride):
+    """The mean of the losses that the model gives one by one, each after the context of its window."""
+    T, model, alone = 16, tiny_model(), Distributed(torch.device("cpu"))
+    tokens = np.random.RandomState(0).randint(0, 97, num_tokens).astype(np.uint16)
+    loader = WindowLoader(TextStream("t", tokens, 0, {}), T, 3)
+    loss = train_gpt.evaluate(model, loader.sliding_batches(stride), alone, torch.float32)
+    ids, expected, start = torch.from_numpy(tokens.astype(np.int64)), [], 0
+    for target in range(1, num_tokens):
+        while target > start + T:  # the window slides
+            start += stride
+        logits = model(ids[None, start:target])[0][0, -1]
+        expected.append(torch.nn.functional.cross_entropy(logits, ids[target]).item())
+    assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    parts = [list(WindowLoader(loader.stream, T, 3, rank, 3).sliding_batches(stride)) for rank in range(3)]
+    assert len({len(part) for part in parts}) == 1  # for collectives
+    scored = [batch[1][batch[1] >= 0] for part in parts for batch in part if batch is not None]
+    assert torch.equal(torch.cat(scored).sort().values, ids[1:].sort().values)
+
+
+def test_a_part_of_a_text_is_evaluated_whole(finished_run, tmp_path, capsys):
+    """All of a text shorter than the block, and the train part with overlapping windows."""
+    _, log_dir, text_file = finished_run
+    short = tmp_path / "short.txt"
+    short.write_text("the dog")
+    flags = ("--eval-only", "--init-from", str(log_dir / "model_00030.pt"), "--device", "cpu", "--eval-part")
+    assert train_gpt.main([*flags, "all", "--data", str(short)]) == 0
+    assert re.search(r": all loss \d.* \| 6 tokens of .*short.txt\n$", capsys.readouterr().out)
+    assert train_gpt.main([*flags, "train", "--data", str(text_file), "--stride", "4"]) == 0
+    assert f"| {int(0.9 * len(TEXT) * 300) - 1:,} tokens of " in capsys.readouterr().out
+    with pytest.raises(UserError, match="--stride 17 is more than the 16 tokens of a window"):
+        train_gpt.main([*flags, "val", "--data", str(text_file), "--stride", "17"])
 
 
 def test_deterministic_runs_are_equal(text_file, tmp_path):

@@ -105,17 +105,30 @@ def _run(main: Callable[[], int | None], local_rank: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         code = 130
-    except Exception:
-        if not _in_process_group():
+    except Exception as error:
+        if is_out_of_memory(error):
+            reason = printable(str(error).split("\n")[0][:200]) or "Python's own"
+            print(
+                f"error: out of memory: {reason}\nhint: use smaller numbers, or more memory", file=sys.stderr
+            )
+            code = 2
+        elif not _in_process_group():
             raise
-        traceback.print_exc()
-        code = 1
+        else:
+            traceback.print_exc()
+            code = 1
     if _in_process_group():
         # Other ranks may be waiting in a collective, and NCCL's teardown would wait for them.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of a device or of the machine did not suffice. Needs no torch."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or is_torchs
 
 
 def _in_process_group() -> bool:
@@ -245,3 +258,8 @@ def format_bytes(num_bytes: float) -> str:
 def perplexity(loss: float) -> str:
     """exp(loss): the number of equally likely tokens with the same loss, in nats."""
     return f"{math.exp(min(loss, 700)):,.2f}"
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float | None:
+    """A loss in nats per token as bits per byte of text, which compares tokenizers; None without bytes."""
+    return loss / math.log(2) / bytes_per_token if bytes_per_token else None

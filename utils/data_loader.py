@@ -156,6 +156,12 @@ class WindowLoader:
         """Number of windows for an evaluation on `num_tokens` tokens, at most the whole stream."""
         return min(max(1, num_tokens // self.seq_len), self.windows_per_epoch)
 
+    def target_bytes(self, num_targets: int, token_bytes: np.ndarray) -> int:
+        """Bytes of the first `num_targets` targets of the stream, given those of each token, (V,)."""
+        targets = range(1, num_targets + 1)  # token 0 is never a target
+        pieces = (targets[start : start + (1 << 20)] for start in range(0, len(targets), 1 << 20))
+        return sum(int(token_bytes[self.stream.read(piece[0], len(piece))].sum()) for piece in pieces)
+
     def val_batches(self, num_tokens: int) -> Iterator[tuple[Tensor, Tensor] | None]:
         """Yields this rank's share of the first `num_tokens` tokens, in order.
 
@@ -167,3 +173,26 @@ class WindowLoader:
             start = round_start + self.rank * self.micro_batch
             windows = list(range(start, min(start + self.micro_batch, total)))
             yield self.batch(windows) if windows else None
+
+    def sliding_batches(self, stride: int) -> Iterator[tuple[Tensor, Tensor] | None]:
+        """Yields this rank's share of overlapping windows: every token but the first is scored exactly once.
+
+        A window starts `stride` (at most T) tokens after the one before it. What both have in common is only
+        context in the second: its targets are -100, which the loss ignores. The last batch has one window,
+        which may be shorter. All ranks get equally many items, as from `val_batches`.
+        """
+        T, last = self.seq_len, self.stream.num_tokens - 1  # the last target
+        starts = range(0, max(last - T, 0) + stride, stride)
+        groups = [starts[:-1][i : i + self.micro_batch] for i in range(0, len(starts) - 1, self.micro_batch)]
+        groups.append(starts[-1:])
+        for index in range(self.rank, -(-len(groups) // self.world_size) * self.world_size, self.world_size):
+            if index >= len(groups):
+                yield None
+                continue
+            length = min(T, last - groups[index][0])
+            tokens = [self.stream.read(start, length + 1) for start in groups[index]]
+            rows = torch.from_numpy(np.stack(tokens).astype(np.int64)).to(self.device)  # (B, T + 1)
+            targets = rows[:, 1:].clone()
+            for row, start in enumerate(groups[index]):
+                targets[row, : T - stride if start else 0] = -100
+            yield rows[:, :-1], targets

@@ -52,12 +52,12 @@ SOLUTIONS = {
     "a zip archive": "unzip {old} -d {new}",
     "a 7z archive": "7z x {old} -o{new}",
     "a tar archive": "mkdir {new} && tar -xf {old} -C {new}",
-    "binary data": "tr -d '\\000' < {old} > {new}",  # a text that holds zero bytes
+    "text with zero bytes": "tr -d '\\000' < {old} > {new}",
     "a Git LFS pointer": "get the file that it stands for: git lfs pull",
     "a NumPy array": "of token shards, give the folder",
     "HTML": "download it again: a web page was saved in its place",
 }
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar")
 CONTROL_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 
 
@@ -78,7 +78,13 @@ def kind_of_bytes(data: bytes) -> str | None:
     zeros = [head[start::2].count(0) for start in (0, 1)]
     if min(zeros) == 0 and max(zeros) > 0.4 * len(head):
         return "UTF-16LE" if zeros[1] else "UTF-16BE"
-    return "binary data"
+    rest = head.replace(b"\x00", b"")
+    return "binary data" if _is_binary(rest) else "text with zero bytes"
+
+
+def _is_binary(data: bytes) -> bool:
+    """Whether there are more control characters than in any text, of whatever one-byte encoding."""
+    return 100 * len(CONTROL_BYTES.findall(data)) > len(data)
 
 
 def describe_bytes(data: bytes) -> str:
@@ -97,7 +103,8 @@ def first_bytes(path: Path) -> bytes:
 
 def quoted(path: Path | str) -> str:
     """A path or an argument as a shell takes it: every printed command can be pasted."""
-    text = str(path)
+    is_like_a_flag = isinstance(path, Path) and str(path).startswith("-")
+    text = f"./{path}" if is_like_a_flag else str(path)
     # In double quotes where they suffice: easier to read, and valid on Windows as well.
     easy = "'" in text and set(text).isdisjoint('"$`\\!')
     return f'"{text}"' if easy else shlex.quote(text)
@@ -113,7 +120,7 @@ def free_name(path: Path) -> Path:
 def wrong_kind(path: Path, data: bytes, expected: str) -> UserError:
     """The error for a file that begins with `data` and is not `expected`; the hint solves it for its kind."""
     kind = describe_bytes(data)
-    packed = path.suffix.lower() in COMPRESSED
+    packed = path.suffix.lower() in PACKED
     new = path.with_suffix("") if packed else path.with_name(f"{path.stem}_converted{path.suffix}")
     if kind == "parquet":
         hint = "mv {old} {new}"  # its name decides how a file is read
@@ -124,7 +131,7 @@ def wrong_kind(path: Path, data: bytes, expected: str) -> UserError:
         hint = SOLUTIONS.get(kind, f"give a file of {expected} instead")
     new = free_name(new)
     if "{new}" in hint:
-        hint = ("if it is a text: " if kind == "binary data" else "run: ") + hint + "; then use {new}"
+        hint = f"run: {hint}; then use {{new}}"
     hint = hint.format(old=quoted(path), new=quoted(new), kind=kind.lower())
     return UserError(f"{path} is {kind} (expected {expected})", hint)
 
@@ -132,7 +139,7 @@ def wrong_kind(path: Path, data: bytes, expected: str) -> UserError:
 def encoding_hint(path: Path, data: bytes, error: UnicodeDecodeError) -> str:
     """What to do about bytes that are not UTF-8: damaged UTF-8, text of one byte a character, or no text."""
     around = data[max(0, error.start - (1 << 16)) : error.start + (1 << 16)]
-    if 100 * len(CONTROL_BYTES.findall(around)) > len(around):
+    if _is_binary(around):
         return "this is binary data: give a text instead"
     new = free_name(path.with_name(f"{path.stem}_converted{path.suffix}"))
     files = f"-t utf-8 < {quoted(path)} > {quoted(new)}"

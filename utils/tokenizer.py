@@ -45,6 +45,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
 
+    def token_bytes(self) -> np.ndarray:
+        """Number of bytes that each token stands for, (vocab_size,); 0 for <|endoftext|>."""
+
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint, from which `tokenizer_from_state` restores the tokenizer."""
 
@@ -65,6 +68,11 @@ class GPT2Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array(
+            [len(self.encoding.decode_single_token_bytes(i)) for i in range(END_OF_TEXT_ID)] + [0]
+        )
 
     def state(self) -> dict[str, Any]:
         return {"name": self.name}
@@ -91,10 +99,13 @@ class CharTokenizer:
                 some, count = "".join(unknown[:20]), len(unknown)
                 warn(f"{count} characters are not in the vocabulary and left out: {some!r}")
         dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        return np.array([self._id_of[c] for c in text if c in self._id_of], dtype=dtype)
+        return np.fromiter((self._id_of[c] for c in text if c in self._id_of), dtype=dtype)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[int(i)] for i in ids)
+
+    def token_bytes(self) -> np.ndarray:
+        return np.array([len(character.encode("utf-8")) for character in self.characters])
 
     def state(self) -> dict[str, Any]:
         return {"name": self.name, "characters": self.characters}

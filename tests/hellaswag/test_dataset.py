@@ -70,6 +70,26 @@ def test_invalid_utf8_and_an_empty_file_are_errors(tmp_path):
         read_rows(path, "val")
 
 
+@pytest.mark.parametrize(("before", "end"), [(b"\xef\xbb\xbf", b"\n"), (b"", b"\r\n"), (b"", b"\n\n \r\n")])
+def test_byte_order_marks_crlf_and_blank_last_lines_are_accepted(tmp_path, before, end):
+    """As by every other reader of lines; the rows are the same."""
+    path = tmp_path / "hellaswag_val.jsonl"
+    lines = FIXTURE.read_bytes().splitlines()
+    path.write_bytes(before + (b"\r\n" if end == b"\r\n" else b"\n").join(lines) + end)
+    assert read_rows(path, "val") == read_rows(FIXTURE, "val")
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"), [("{}".encode("utf-16"), "UTF-16"), (b"PK\x03\x04", "a zip archive")]
+)
+def test_another_kind_of_file_is_named(tmp_path, data, kind):
+    """Instead of a wrong byte in its first line."""
+    path = tmp_path / "hellaswag_val.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"is {kind} \(expected JSON lines\)"):
+        read_rows(path, "val")
+
+
 def test_the_folder_is_the_flag_else_the_variable_else_that_of_the_repository(tmp_path, monkeypatch):
     """The flag overrides HELLASWAG_DIR; an empty variable counts as unset."""
     monkeypatch.setenv("HELLASWAG_DIR", str(FIXTURES))

@@ -50,7 +50,10 @@ def test_two_result_files_are_compared_example_by_example(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             compare(a, other)
-    a.write_text(a.read_text() + "{}\n")
+    expected = compare(a, b)
+    a.write_bytes(b"\xef\xbb\xbf" + a.read_bytes().replace(b"\n", b"\r\n") + b"\n \n")
+    assert compare(a, b) == expected
+    a.write_text(a.read_text(encoding="utf-8-sig").rstrip() + "\n{}\n")
     with pytest.raises(UserError, match=r"a\.jsonl:21: not a scored example"):
         compare(a, b)
 

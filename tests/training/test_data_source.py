@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import FileServer
+from tests.shards.test_build import build, tokens_of
 from utils.command_line import UserError
 from utils.distributed import Distributed
+from utils.tokenizer import gpt2_encoding
 from utils.training import data_source
-from utils.training.data_source import choose_source, fetch, open_data
+from utils.training.data_source import Data, choose_source, fetch, open_data
 
 ALONE = Distributed(torch.device("cpu"))
 
@@ -87,3 +91,117 @@ def test_a_rank_with_other_data_is_named(text_file):
     with pytest.raises(UserError, match="rank 1 sees other data than rank 0 in .*text.txt") as caught:
         open_data(source, {"name": "char"}, 16, other)
     assert caught.value.one_rank_only  # rank 0 does not see the error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One file, one meaning
+
+STORIES = [
+    "Once upon a time\n\nthere was a cat. ",
+    "It's  here;\tthe end\n",
+    "<|endoftext|> is text",
+    "日本語\u3000 x",
+]
+
+
+def write_stories(path: Path, kind: str) -> Path:
+    """The same documents in a file of any kind; those of text end in a line break."""
+    lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in STORIES).encode()
+    if kind == "jsonl.gz":
+        lines = gzip.compress(lines)
+    elif kind == "parquet":
+        pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        pq.write_table(pa.table({"id": range(len(STORIES)), "text": STORIES}), path, row_group_size=2)
+        return path
+    elif kind.startswith("text"):
+        end = "\r\n" if "CRLF" in kind else "\n"
+        text = f"{end}<|endoftext|>{end}".join(STORIES)
+        text = {"text, first": f"<|endoftext|>{end}{text}", "text, last": f"{text}{end}<|endoftext|>"}.get(
+            kind, text
+        )
+        lines = (b"\xef\xbb\xbf" if "mark" in kind else b"") + text.encode()
+    path.write_bytes(lines)
+    return path
+
+
+def tokens_of_data(path: Path, name: str = "gpt2") -> tuple[list[int], Data]:
+    """All tokens of a file that is given to --data."""
+    data = open_data(choose_source(str(path)), {"name": name}, 4, ALONE)
+    return [
+        id for stream in (data.train, data.val) for id in stream.read(0, stream.num_tokens).tolist()
+    ], data
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["text", "text, CRLF", "text, mark", "text, first", "text, last", "jsonl", "jsonl.gz", "JSONL", "json",
+     "parquet"],
+)  # fmt: skip
+def test_the_trainer_reads_the_documents_of_the_shard_builder(tmp_path, kind, capsys):
+    """The same ids in the same order, for every format; what of a record is not used is said."""
+    path = write_stories(tmp_path / f"a.{'txt' if kind.startswith('text') else kind}", kind)
+    build(tmp_path / "out", path)
+    capsys.readouterr()
+    tokens, data = tokens_of_data(path)
+    assert tokens == tokens_of(tmp_path / "out").tolist()
+    assert data.reason == f"--data, {len(STORIES)} documents"
+    assert ("only the field 'text' is used" in capsys.readouterr().err) == (not kind.startswith("text"))
+
+
+@pytest.mark.parametrize("text", ["a\nb <|endoftext|>\nc " * 9, " <|endoftext|>\n" * 9, "\n\nwords " * 30])
+def test_a_text_without_separator_lines_is_one_stream(tmp_path, text):
+    """Its ids have no <|endoftext|> at the start, and checkpoints of earlier versions recognise the data."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    tokens, data = tokens_of_data(path)
+    assert tokens == gpt2_encoding().encode_ordinary(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert data.train.fingerprint() == {"bytes": len(text.encode()), "sha256": digest}
+    assert data.reason == "--data"
+
+
+@pytest.mark.parametrize("kind", ["text", "text, CRLF", "text, first", "text, last", "jsonl", "parquet"])
+def test_a_character_model_gets_documents_joined_by_blank_lines(tmp_path, kind, capsys):
+    """It has no token that separates them; a warning says so, and no separator is trained on."""
+    path = write_stories(tmp_path / f"a.{'txt' if kind.startswith('text') else kind}", kind)
+    tokens, data = tokens_of_data(path, "char")
+    assert data.tokenizer.decode(tokens) == "\n\n".join(text.strip("\n") for text in STORIES)
+    assert "joined by blank lines" in capsys.readouterr().err
+
+
+def test_a_surrogate_of_json_becomes_a_replacement_character(tmp_path):
+    """JSON can hold half of one, UTF-8 cannot: with both tokenizers."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "some \\ud800 words"}\n' * 9)
+    for name in ("gpt2", "char"):
+        tokens, data = tokens_of_data(path, name)
+        assert "some \ufffd words" in data.tokenizer.decode(tokens)
+
+
+def test_documents_have_another_identity_than_the_same_bytes_as_one_text(tmp_path):
+    """A checkpoint of an earlier version, which trained on the raw file, is not resumed on other tokens."""
+    path = write_stories(tmp_path / "a.txt", "text")
+    fingerprint = tokens_of_data(path)[1].train.fingerprint()
+    assert fingerprint.keys() == {"documents", "sha256"}
+    assert fingerprint["sha256"] != hashlib.sha256(path.read_bytes()).hexdigest()
+    other = write_stories(tmp_path / "b.txt", "text, last")
+    assert (
+        tokens_of_data(other)[1].train.fingerprint() != fingerprint
+    )  # the last document ends in a line break
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt", "a"])
+def test_another_kind_of_file_is_named(tmp_path, name):
+    """Before the first step, by its first bytes."""
+    (tmp_path / name).write_bytes(gzip.compress(b"text"))
+    with pytest.raises(UserError, match=rf"{name} is gzip \(expected") as caught:
+        tokens_of_data(tmp_path / name)
+    assert "gunzip -c < " in caught.value.hint
+
+
+def test_a_missing_field_names_the_builders_flag(tmp_path):
+    """train_gpt.py has no such flag."""
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:1: no field 'text' \(found body\)") as caught:
+        tokens_of_data(tmp_path / "a.jsonl")
+    assert "build_fineweb_edu_shards.py --text-field NAME" in caught.value.hint

@@ -16,10 +16,11 @@ from gpt_model import GPT
 from tests.conftest import ROOT, run, tiny_config
 from tests.small_runs import TINY, small_args
 from utils import files
-from utils.command_line import format_bytes
+from utils.command_line import UserError, format_bytes
 from utils.distributed import Distributed
-from utils.training import dry_run
-from utils.training.dry_run import Plan, outline_if_too_large
+from utils.training import dry_run, model_source
+from utils.training.dry_run import Plan
+from utils.training.model_source import least_bytes, outline_if_too_large
 
 CPU = torch.device("cpu")
 
@@ -206,20 +207,57 @@ def test_a_model_that_cannot_fit_is_reported_within_seconds(tmp_path):
     assert "model: 805," in out and " parameters (1000 layers, 64 heads, 8192 channels" in out
     warning = r"warning: checkpoints: model 3,\d+\.\d+ GB \+ optimizer 6,\d+\.\d+ GB.*: not enough\n"
     assert re.search(warning, process.stderr)
-    sentence = r"memory: parameters, gradients and moments alone take 12,\S+ GB, cpu has \S+ GB: "
+    sentence = (
+        r"memory: parameters, gradients and moments take 12,\S+ GB, with activations at least 12,\S+ GB, "
+    )
+    sentence += r"cpu has \S+ GB: "
     assert re.search(sentence + "this does not fit, so nothing is measured\n$", out)
     assert "\nspeed: " not in out and "\ntime: " not in out
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("optimizer", "saved"), [("adamw", 0), ("muon", 4 * 24_576)])
-def test_a_model_fits_if_sixteen_bytes_a_parameter_do(optimizer, saved, monkeypatch):
-    """float32 parameters, gradients and two moments, or one; a model that does not fit takes no memory."""
-    config = tiny_config()
-    need = 16 * GPT(config).num_parameters() - saved
-    for memory, fits in ((need, True), (need - 1, False), (None, True)):
-        monkeypatch.setattr(dry_run, "memory_bytes", lambda device, memory=memory: memory)
-        outline = outline_if_too_large(lambda: GPT(config), optimizer, Distributed(CPU))
+def memory_of_a_run(**changes: Any) -> tuple[Namespace, int]:
+    """Arguments of a run with the tiny model, and the bytes that it needs at least."""
+    settings = dict(seq_len=16, micro_batch=4, eval_only=False, dry_run=True, optimizer="adamw")
+    args = Namespace(**{**settings, **changes})
+    return args, least_bytes(GPT(tiny_config()), args)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_a_parameter", "others"),
+    [
+        ({}, 16, 4 * 16 * 2 * 32 * 4),  # B T L C, float32
+        ({"micro_batch": "auto"}, 16, 1 * 16 * 2 * 32 * 4),
+        ({"optimizer": "muon"}, 16, 4 * 16 * 2 * 32 * 4 - 24_576 * 4),  # a matrix has one moment
+        ({"eval_only": True}, 4, 4 * 16 * 8),  # no gradients: only the token ids are certain
+    ],
+)
+def test_a_model_fits_if_its_state_and_one_activation_a_layer_do(
+    changes, bytes_a_parameter, others, monkeypatch
+):
+    """float32 parameters, gradients and two moments; a model that does not fit takes no memory."""
+    args, needed = memory_of_a_run(**changes)
+    assert needed == bytes_a_parameter * GPT(tiny_config()).num_parameters() + others
+    for memory, fits in ((needed, True), (needed - 1, False), (None, True)):
+        monkeypatch.setattr(model_source, "memory_bytes", lambda device, memory=memory: memory)
+        outline = outline_if_too_large(lambda: GPT(tiny_config()), args, Distributed(CPU))
         assert (outline is None) is fits
         if outline is not None:
             assert all(parameter.is_meta for parameter in outline.parameters())
+
+
+@pytest.mark.parametrize(
+    "flags", [("--n-embd", "200000"), ("--n-layer", "2000", "--n-embd", "4096"), ("--init-from", "MODEL")]
+)
+def test_a_run_that_cannot_fit_is_refused_before_it_allocates(flags, text_file, tmp_path, monkeypatch):
+    """With the numbers, and for a model that is loaded as well; without a log, because nothing has begun."""
+    model = GPT(tiny_config(vocab_size=27, n_embd=16))
+    model.tokenizer_state = {"name": "char", "characters": "The quickbrownfxjmpsvlazydg;.\n"[:27]}
+    if flags[0] == "--init-from":
+        monkeypatch.setattr(model_source, "memory_bytes", lambda device: 1000)
+        monkeypatch.setattr(GPT, "load", lambda source: model)
+    with pytest.raises(
+        UserError, match=r"parameters with --micro-batch 4 need at least .*, cpu has "
+    ) as caught:
+        train_gpt.main(small_args(text_file, tmp_path / "log", "--max-steps", "2", *flags))
+    assert "--n-embd" in caught.value.hint and not (tmp_path / "log" / "log.txt").exists()

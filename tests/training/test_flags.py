@@ -21,9 +21,9 @@ from utils.training.flags import (
     Flags,
     accumulation_steps,
     check_training_settings,
-    check_typed,
     warn_of_unused,
 )
+from utils.training.model_source import check_typed
 
 FAST = ["--recipe", "fast"]
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")

@@ -29,6 +29,7 @@ from utils.training.optimizers import (
     make_optimizers,
     num_moments,
     orthogonalized,
+    state_bytes,
 )
 from utils.training.state import TrainState
 from utils.weights.checkpoint import pair_bytes
@@ -141,7 +142,7 @@ def test_bytes_of_checkpoints_and_memory_count_one_moment_for_muon():
     assert pair_bytes(10, 15) == (40, 60)
     config = tiny_config()
     with torch.device("meta"):
-        needed = dry_run.state_bytes(GPT(config), "muon")
+        needed = state_bytes(GPT(config), "muon")
     assert needed == 8 * state.model.num_parameters() + 4 * held
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def test_every_result_is_a_line_of_the_log_and_a_record(tmp_path, capsys):
     """log.txt has step, kind and value and no times; metrics.jsonl and the console have the rest."""
     with RunLog(tmp_path, is_master=True) as log:
         log.log_start({"step": 0, "settings": {"seed": 1}}, tensorboard=False, wandb=False)
-        log.log_validation(0, 10.98765, tokens=0, seconds=0.0)
+        log.log_validation(0, 10.98765, bytes_per_token=4.0, tokens=0, seconds=0.0)
         rates = {"lr": 6e-4, "muon_lr": 0.02}
         log.log_update(0, 10.9, 1.25, rates, Speed(0.5, 2000.0, 0.4, 130.0), num_skipped=3, memory=7)
         log.log_hellaswag(1, 1, 4)
@@ -24,7 +25,14 @@ def test_every_result_is_a_line_of_the_log_and_a_record(tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records == [
         {"kind": "run", "step": 0, "settings": {"seed": 1}},
-        {"kind": "val", "step": 0, "loss": 10.98765, "tokens": 0, "seconds": 0.0},
+        dict(
+            kind="val",
+            step=0,
+            loss=10.98765,
+            bits_per_byte=10.98765 / math.log(2) / 4,
+            tokens=0,
+            seconds=0.0,
+        ),
         dict(
             **dict(kind="train", step=0, loss=10.9, lr=6e-4, muon_lr=0.02, norm=1.25, skipped=3),
             **dict(seconds=0.5, mfu=0.4, memory=7),
@@ -35,7 +43,7 @@ def test_every_result_is_a_line_of_the_log_and_a_record(tmp_path, capsys):
         "--- step 1, sample 0\none\ntwo\n--- step 1, sample 1\nthree\n"
     )
     out = capsys.readouterr().out
-    assert "step     0 | val loss 10.9877 | perplexity 59,1" in out
+    assert "step     0 | val loss 10.9877 | perplexity 59,1" in out and " | 3.9630 bits per byte\n" in out
     assert "step     0 | loss 10.9000 | lr 6.0e-04 | norm 1.25 | 500 ms | 2,000 tok/s | mfu 40.0% | " in out
     assert "| skipped 3 | eta 2m10s\n" in out
     assert "step     1 | hellaswag 0.2500 (1 of 4 examples)\n" in out and "sample 1: three\n" in out
@@ -47,7 +55,7 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
         log.files["log.txt"].close()
         log.files["log.txt"] = open("/dev/full", "w", buffering=1)
         for step in range(3):
-            log.log_validation(step, 1.0, 0, 0.0)
+            log.log_validation(step, 1.0, 0.0, 0, 0.0)
     warning = f"warning: cannot write the logs in {tmp_path}: No space left on device; continuing"
     assert capsys.readouterr().err.count(warning) == 1
 
@@ -74,7 +82,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
     with RunLog(tmp_path / "log", is_master=False) as log:
         log.say("x")
         log.log_start({"step": 0, "settings": {}}, tensorboard=True, wandb=True)
-        log.log_validation(0, 1.0, 0, 0.0)
+        log.log_validation(0, 1.0, 0.0, 0, 0.0)
         log.log_update(0, 1.0, 1.0, {"lr": 1.0}, Speed(1.0, 1.0, None, 1.0), 0, 0)
         log.log_hellaswag(0, 1, 4)
         log.log_samples(0, ["x"])

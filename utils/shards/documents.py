@@ -17,9 +17,9 @@ import json
 import re
 import zlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -29,8 +29,10 @@ from utils.text_files import (
     decode_text,
     encoding_hint,
     first_bytes,
+    free_name,
     kind_of_bytes,
     lines_of,
+    quoted,
     wrong_kind,
 )
 from utils.tokenizer import END_OF_TEXT
@@ -247,7 +249,7 @@ def open_parquet(path: Path, text_field: str) -> Any:
         file = pq.ParquetFile(path, buffer_size=1 << 20, page_checksum_verification=True)
     names, hint = file.schema_arrow.names, TEXT_FIELD_HINT
     if text_field not in names:
-        raise UserError(f"{path}: no column {text_field!r} (found {', '.join(names)})", hint)
+        raise UserError(f"{path}: no column {text_field!r} (found {_listed(names)})", hint)
     found = str(file.schema_arrow.field(text_field).type)
     if "string" not in found or "<item" in found or found.startswith(("list", "struct", "map")):
         raise UserError(f"{path}: column {text_field!r} holds {found} (expected strings)", hint)
@@ -317,10 +319,18 @@ def _json_text(part: Part, line: int, data: bytes, text_field: str) -> str:
         elif text_field in record:
             problem = f"{type(text).__name__} in field {text_field!r} (expected a string)"
         else:
-            problem = f"no field {text_field!r} (found {', '.join(record) or 'none'})"
+            problem = f"no field {text_field!r} (found {_listed(record)})"
+    if part.start == 0 and line == 1 and data.startswith(b"["):
+        new = quoted(free_name(part.path.with_suffix(".jsonl")))
+        hint = f"of an array, run: jq -c '.[]' < {quoted(part.path)} > {new}; then use {new}"
     # A position in .jsonl is a byte, one in .jsonl.gz is a line.
     lines_before = _count_lines(part.path, part.start) if part.kind == "jsonl" else part.start
     raise UserError(f"{part.path}:{lines_before + line}: {problem}", hint)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names from a file for an error of one line."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in islice(names, 20)) or "none"
 
 
 def _count_lines(path: Path, stop: int) -> int:

@@ -18,11 +18,13 @@ from utils.shards.documents import (
     open_parquet,
     read_errors,
 )
+from utils.text_files import first_bytes, kind_of_bytes, wrong_kind
 
 PROBE_BYTES = 1 << 16  # at both ends of a file, for its fingerprint
 NAMES_SHOWN = 3  # of the files that are left out for one reason
 LONG_HASHING_BYTES = 4e9  # a progress bar above that: some seconds
 
+SPECIAL = "broken links or special files"
 LeftOut = dict[str, list[Path]]  # reason -> files
 
 
@@ -34,6 +36,8 @@ class LocalFiles:
         self.kinds = [kind_of(path) for path in paths]
         if None in self.kinds:
             path = paths[self.kinds.index(None)]
+            if kind_of_bytes(head := first_bytes(path)) is not None:
+                raise wrong_kind(path, head, ", ".join(KINDS))
             what = f"{path} is not a corpus file (expected {', '.join(KINDS)})"
             raise UserError(what, "rename it if its content is of that kind, else convert or omit it")
 
@@ -85,9 +89,8 @@ def find_files(arguments: list[str]) -> tuple[list[Path], LeftOut]:
         matches = [Path(argument)] if os.path.exists(argument) else _matches_of(argument)
         files = [file for match in matches for file in _files_of(match, left_out)]
         if not files:
-            hint = f"give files, globs or folders: {', '.join(KINDS)}"
-            if left_out:
-                hint += f" (left out: {describe_left_out(left_out)})"
+            others = f" (left out: {describe_left_out(left_out)})" if left_out else ""
+            hint = f"give files, globs or folders: {', '.join(KINDS)}{others}"
             raise UserError(f"--input {argument}: no such file", hint)
         for file in files:
             if found.setdefault(file.resolve(), file) is not file:
@@ -118,6 +121,8 @@ def _matches_of(pattern: str) -> Iterator[Path]:
 def _files_of(path: Path, left_out: LeftOut) -> list[Path]:
     """The path itself, or the corpus files in a folder and below, sorted; adds the others to `left_out`."""
     if not path.is_dir():
+        if not path.is_file():
+            left_out.setdefault(SPECIAL, []).append(path)
         return [path] if path.is_file() else []
     files, visited = [], set()
     folders, links = [path], []  # links last: a folder is found under its own name where it has one here
@@ -139,7 +144,7 @@ def _files_of(path: Path, left_out: LeftOut) -> list[Path]:
             elif not entry.name.lower().endswith(tuple(KINDS)):
                 left_out.setdefault("of other kinds", []).append(entry)
             elif not os.path.isfile(entry):
-                left_out.setdefault("broken links or special files", []).append(entry)
+                left_out.setdefault(SPECIAL, []).append(entry)
             else:
                 files.append(entry)
     return sorted(files)

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from utils.command_line import UserError
 from utils.console import warn
-from utils.data_loader import TokenStream, split_text
+from utils.data_loader import TextStream, TokenStream, WindowLoader, split_text
 from utils.distributed import Distributed
 from utils.files import download
 from utils.shards.documents import (
@@ -32,13 +33,12 @@ from utils.tokenizer import (
     END_OF_TEXT_ID,
     CharTokenizer,
     Tokenizer,
-    check_vocab_size,
     has_tiktoken,
     tokenizer_from_state,
 )
 
 if TYPE_CHECKING:
-    from gpt_model import GPTConfig
+    pass
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS_DIR = ROOT / "edu_fineweb10B"
@@ -147,16 +147,15 @@ def tokenize(
             warn(f"{source.path}: documents are joined by blank lines: characters have no {END_OF_TEXT}")
         text = "\n\n".join(text.strip("\r\n") for text in chain.from_iterable(documents))
         # Lone surrogates, which JSON can hold, become U+FFFD, as in tiktoken.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
         documents = None
     if tokenizer_state["name"] == "char" and "characters" not in tokenizer_state:
         tokenizer = CharTokenizer("".join(sorted(set(text))))
     else:
         tokenizer = tokenizer_from_state(tokenizer_state)
     if documents is None:
-        data = text.encode()
-        fingerprint = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        return tokenizer, tokenizer.encode(text), fingerprint
+        tokens, data = tokenizer.encode(text), text.encode()
+        return tokenizer, tokens, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     tokens = np.concatenate([encode_one_by_one(()), *map(encode_one_by_one, documents)])
     count = int(np.count_nonzero(tokens == END_OF_TEXT_ID))
     return tokenizer, tokens, {"documents": count, "sha256": hashlib.sha256(tokens.data).hexdigest()}
@@ -176,12 +175,23 @@ def read_source(source: Source, dist: Distributed) -> tuple[str, Iterable[list[s
     return "", [[text for text in documents if text.strip()]]
 
 
-def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -> None:
-    """Raises UserError if the model cannot read windows of this length, or ids of this tokenizer."""
-    if seq_len > config.block_size:
-        what = f"--seq-len {seq_len} is more than the model's block size {config.block_size}"
-        raise UserError(what, "use a smaller --seq-len")
-    check_vocab_size(tokenizer, config.vocab_size)
+def part_of(data: Data, part: str) -> TokenStream:
+    """The stream of a part of the data: "train", "val", or "all" of a text, in its order.
+
+    Raises UserError for all of a folder of shards.
+    """
+    if part != "all":
+        return data.val if part == "val" else data.train
+    if not isinstance(data.train, TextStream):
+        what = f"--eval-part all reads a text, and {data.train.name} are shards"
+        raise UserError(what, "give --eval-part train or val, or --data a text")
+    tokens = np.concatenate([data.train.tokens, data.val.tokens])
+    return TextStream(data.train.name, tokens, 0, data.train.fingerprint())
+
+
+def bytes_per_token(loader: WindowLoader, num_targets: int, tokenizer: Tokenizer) -> float:
+    """Mean bytes of the first `num_targets` targets of a stream."""
+    return loader.target_bytes(num_targets, tokenizer.token_bytes()) / num_targets
 
 
 def python_documentation() -> str:

@@ -2,7 +2,6 @@
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,8 @@ from utils.files import free_bytes
 from utils.fused_loss import loss_backend
 from utils.runtime import memory_bytes, peak_flops, peak_memory_bytes
 from utils.training.micro_batch import forward_backward
-from utils.training.optimizers import num_moments
+from utils.training.model_source import least_bytes
+from utils.training.optimizers import num_moments, state_bytes
 from utils.training.state import TrainState, due_steps
 from utils.weights.checkpoint import checkpoints_to_keep, pair_bytes
 
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 
 DRY_RUN_STEPS = 5  # micro-steps
 FORWARD_SHARE = 1 / 3  # of the work on a training token: the backward pass takes the other two thirds
-
-
-def state_bytes(model: "GPT", optimizer: str) -> int:
-    """Bytes of parameters, gradients and moments, all in float32."""
-    return 8 * model.num_parameters() + 4 * num_moments(model, optimizer)
 
 
 @dataclass
@@ -118,15 +113,6 @@ class Plan:
         return lines
 
 
-def outline_if_too_large(build: Callable[[], "GPT"], optimizer: str, dist: Distributed) -> "GPT | None":
-    """The model on the meta device if weights, gradients and moments exceed the known memory, else None."""
-    with torch.device("meta"):
-        outline = build()
-    memory = memory_bytes(dist.device)
-    too_large = memory is not None and state_bytes(outline, optimizer) > memory
-    return outline if dist.max_number(too_large) else None  # on all ranks alike
-
-
 def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
     """`--dry-run`: prints the plan, measures a few micro-steps, writes nothing. Returns the exit code."""
 
@@ -143,7 +129,8 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
     device, minimum = plan.dist.device, format_bytes(state_bytes(plan.model, plan.args.optimizer))
     if state.model.lm_head.weight.is_meta:  # see outline_if_too_large
         memory = format_bytes(memory_bytes(device))
-        needed = f"parameters, gradients and moments alone take {minimum}"
+        least = format_bytes(least_bytes(plan.model, plan.args))
+        needed = f"parameters, gradients and moments take {minimum}, with activations at least {least}"
         say(f"memory: {needed}, {device} has {memory}: this does not fit, so nothing is measured")
         return 0
     seconds = []

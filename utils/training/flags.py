@@ -15,6 +15,8 @@ from utils.files import sha256_of_code
 from utils.training.data_source import choose_source
 from utils.weights.checkpoint import newest_model_file
 
+MOST_TIMES = 10**6  # that a run is evaluated or saved: the plan of a run lists them
+
 T = TypeVar("T")
 
 
@@ -94,32 +96,42 @@ def settings_of(args: Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-# Flags that mean nothing together with others: (why, condition, names).
-EVALUATION_FLAGS = (
-    *("eval_only", "init_from", "data", "tokenizer", "seq_len", "micro_batch", "val_tokens"),
-    *("device", "dtype", "log_dir", "dist_timeout", "preset"),
-)
-UNUSED: tuple[tuple[str, Callable[[Namespace], bool], tuple[str, ...]], ...] = (
-    ("with --val-every 0", lambda args: not args.val_every and not args.eval_only, ("val_tokens",)),
-    ("with --sample-every 0", lambda args: not args.sample_every, ("sample_prompt",)),
-    (
-        "with --hellaswag-every 0",
-        lambda args: not args.hellaswag_every,
-        ("hellaswag_examples", "hellaswag_dir"),
-    ),
-    ("without --dry-run", lambda args: not args.dry_run, ("cost_per_hour",)),
-    ("with --optimizer adamw", lambda args: args.optimizer == "adamw", ("muon_lr",)),
-    ("with --schedule cosine", lambda args: args.schedule == "cosine", ("decay_fraction",)),
-    ("with --schedule linear", lambda args: args.schedule == "linear", ("min_lr",)),
-)
+EVALUATION_FLAGS = {
+    *("eval_only", "eval_part", "stride", "init_from", "data", "tokenizer", "seq_len", "micro_batch"),
+    *("val_tokens", "device", "dtype", "log_dir", "dist_timeout", "preset"),
+}
+
+
+def unused_flags(args: Namespace) -> dict[str, str]:
+    """Settings that mean nothing together with others, and why."""
+    unused = {}
+    if not args.val_every and not args.eval_only:
+        unused["val_tokens"] = "with --val-every 0"
+    if not args.sample_every:
+        unused["sample_prompt"] = "with --sample-every 0"
+    if not args.hellaswag_every:
+        unused.update(dict.fromkeys(("hellaswag_examples", "hellaswag_dir"), "with --hellaswag-every 0"))
+    if not args.dry_run:
+        unused["cost_per_hour"] = "without --dry-run"
+    if args.optimizer == "adamw":
+        unused["muon_lr"] = "with --optimizer adamw"
+    name = "min_lr" if args.schedule == "linear" else "decay_fraction"
+    unused[name] = f"with --schedule {args.schedule}"
+    if not args.eval_only:
+        unused.update(dict.fromkeys(("eval_part", "stride"), "without --eval-only"))
+    elif args.eval_part:
+        unused["val_tokens"] = "with --eval-part"
+    else:
+        unused["stride"] = "without --eval-part"
+    if args.eval_only:
+        others = settings_of(args).keys() - EVALUATION_FLAGS
+        unused.update(dict.fromkeys(others, "with --eval-only"))
+    return unused
 
 
 def warn_of_unused(args: Namespace) -> None:
     """Warns of flags on the command line that this run does not use."""
-    unused = {name: why for why, holds, names in UNUSED if holds(args) for name in names}
-    if args.eval_only:
-        others = settings_of(args).keys() - set(EVALUATION_FLAGS)
-        unused.update(dict.fromkeys(sorted(others), "with --eval-only"))
+    unused = unused_flags(args)
     found = [f"{flag_of(name)} ({unused[name]})" for name in args.typed if name in unused]
     if found:
         warn(f"not used: {', '.join(found)}")
@@ -136,18 +148,6 @@ def check_ranks_agree(args: Namespace, dist: Distributed) -> None:
     settings = {flag_of(name): value for name, value in settings_of(args).items() if name not in own}
     settings.update({"torch's version": torch.__version__, "the code's SHA-256": sha256_of_code()[:12]})
     dist.check_equal(settings, "start every rank with the same command, code and version of torch")
-
-
-def check_typed(args: Namespace, found: dict[str, Any], source: str) -> None:
-    """Raises UserError if a flag on the command line contradicts the model that is loaded from `source`."""
-    wrong = [
-        f"{flag_of(name)} {getattr(args, name)} (found {value})"
-        for name, value in found.items()
-        if name in args.typed and getattr(args, name) != value
-    ]
-    if wrong:
-        what = f"{source} contradicts {', '.join(wrong)}"
-        raise UserError(what, "leave these flags out: a loaded model has its own sizes and tokenizer")
 
 
 def int_or_auto(text: str) -> int | str:
@@ -181,6 +181,11 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
         problems.append(f"--warmup-steps {args.warmup_steps} is more than --max-steps {args.max_steps}")
     if args.seed >= 2**32:
         problems.append(f"--seed {args.seed} is not below 2**32")
+    for name in ("val_every", "hellaswag_every", "sample_every", "checkpoint_every"):
+        every = getattr(args, name)
+        if every and args.max_steps // every > MOST_TIMES:
+            flag, times = name.replace("_", "-"), f"{args.max_steps // every:,}"
+            problems.append(f"--{flag} {every} in --max-steps {args.max_steps} is {times} times")
     if args.min_lr > args.max_lr:
         problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
     if args.decay_fraction > 1:

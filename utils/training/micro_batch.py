@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from utils.command_line import UserError
+from utils.command_line import UserError, is_out_of_memory
 from utils.distributed import Distributed
 from utils.runtime import Decision, autocast
 
@@ -122,7 +122,9 @@ def explain_out_of_memory(args: Namespace) -> Iterator[None]:
     """Turns an out-of-memory error of the device into a UserError that names the flag to change."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:  # OutOfMemoryError of CUDA is a RuntimeError
+        if not is_out_of_memory(error):
+            raise
         smaller = max(1, args.micro_batch // 2) if args.micro_batch != "auto" else 1
         what = f"out of memory with --micro-batch {args.micro_batch}"
         hint = f"use --micro-batch {smaller} or auto: the batch of an update stays the same; then --resume"

@@ -48,6 +48,11 @@ def num_moments(model: "GPT", optimizer: str) -> int:
     return 2 * model.num_parameters() - sum(p.numel() for p in muon_matrices(model, optimizer))
 
 
+def state_bytes(model: "GPT", optimizer: str) -> int:
+    """Bytes of parameters, gradients and what the optimizers keep, all in float32."""
+    return 8 * model.num_parameters() + 4 * num_moments(model, optimizer)
+
+
 class Float32Muon(torch.optim.Muon):
     """Muon for CPUs, with iterations in float32 instead of bf16.
 

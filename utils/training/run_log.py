@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from utils.command_line import format_duration, perplexity
+from utils.command_line import bits_per_byte, format_duration, perplexity
 from utils.console import lost_streams, printable
 from utils.text_files import quoted
 from utils.training.log_directory import LOGS, RUN_FILES
@@ -41,7 +41,8 @@ class RunLog:
             return
         log_dir.mkdir(parents=True, exist_ok=True)
         # Line-buffered: a kill loses no line, and a full disk is noticed at once.
-        self.files = {name: open(log_dir / name, "a", buffering=1, encoding="utf-8") for name in LOGS}
+        options = dict(buffering=1, encoding="utf-8", errors="backslashreplace")  # as whole_file does
+        self.files = {name: open(log_dir / name, "a", **options) for name in LOGS}
         if sys.stderr.isatty() and find_spec("tqdm"):
             from tqdm import tqdm
 
@@ -107,11 +108,15 @@ class RunLog:
         if self.bar is not None:
             self.bar.update()
 
-    def log_validation(self, step: int, loss: float, tokens: int, seconds: float) -> None:
-        """Records a val loss in nats, after `tokens` training tokens and `seconds` of updates."""
+    def log_validation(
+        self, step: int, loss: float, bytes_per_token: float, tokens: int, seconds: float
+    ) -> None:
+        """Records a val loss in nats per token, after `tokens` training tokens and `seconds` of updates."""
         self._add_result(step, "val", f"{loss:.4f}")
-        self.add_record("val", step=step, loss=loss, tokens=tokens, seconds=seconds)
-        self.say(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity(loss)}")
+        bits = bits_per_byte(loss, bytes_per_token)
+        self.add_record("val", step=step, loss=loss, bits_per_byte=bits, tokens=tokens, seconds=seconds)
+        per_byte = "" if bits is None else f" | {bits:.4f} bits per byte"
+        self.say(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity(loss)}{per_byte}")
 
     def log_hellaswag(self, step: int, num_correct: int, num_examples: int) -> None:
         """Records how many of the examples were answered correctly (acc_norm, completion style)."""

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from utils.command_line import UserError
+from utils.command_line import UserError, shown
 from utils.tokenizer import GPT2Tokenizer
+from utils.weights.file_kinds import WHAT_TO_GIVE
+from utils.weights.schema import LARGEST_SIZES, check_sizes, is_int
 
 # OpenAI's code multiplies by (in, out) matrices, nn.Linear stores (out, in): these four are transposed.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that old checkpoints store beside the weights
 
+# Our name of each size, and that in config.json.
+SIZES = {name: name for name in LARGEST_SIZES} | {"block_size": "n_positions"}
 CHARACTERS_FILE = "characters.json"  # ids of a character model that utils/weights/export.py exported
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
 
@@ -31,19 +35,21 @@ def load_gpt2_weights(name_or_dir: str, names: Collection[str]) -> tuple[dict[st
     if name_or_dir not in names and not Path(name_or_dir).is_dir():
         hint = "or give a folder that save_pretrained of transformers wrote"
         raise UserError(f"unknown model {name_or_dir!r}; choose {', '.join(names)}", hint)
+    if name_or_dir not in names:
+        _check_config_file(Path(name_or_dir))  # transformers would build what it says, of any size
     source, loading_info = _load_with_transformers(name_or_dir)
     config = source.config
     _check_is_plain_gpt2(config, name_or_dir)  # first: another kind of model has other weights, too
     _check_all_weights_found(loading_info, name_or_dir)
     if not source.lm_head.weight.equal(source.transformer.wte.weight):
         raise UserError(f"{name_or_dir}: lm_head and wte differ (expected one tensor)", "give a GPT-2 model")
-    sizes = {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    sizes = {ours: getattr(config, theirs) for ours, theirs in SIZES.items()}
     state_dict = {
         name: tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
         for name, tensor in source.state_dict().items()
         if not name.endswith(CAUSAL_MASKS)
     }
-    return {"block_size": config.n_positions, **sizes}, state_dict
+    return sizes, state_dict
 
 
 def tokenizer_state_of(name_or_dir: str) -> dict[str, str]:
@@ -53,14 +59,48 @@ def tokenizer_state_of(name_or_dir: str) -> dict[str, str]:
     if not path.is_file():
         has_files = folder.is_dir() and any((folder / name).exists() for name in TOKENIZER_FILES)
         return {"name": "folder" if has_files and not FolderTokenizer(folder).is_gpt2() else "gpt2"}
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-        characters = "".join(sorted(ids, key=ids.get))
-        if [ids[character] for character in characters] != list(range(len(characters))):
-            raise ValueError("ids are not 0, 1, 2, ...")
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} holds no characters: {error}", "export the checkpoint again") from error
+    ids = read_json(path)
+    characters = "".join(sorted(ids, key=ids.get)) if all(map(is_int, ids.values())) else ""
+    if not characters or [ids.get(character) for character in characters] != list(range(len(ids))):
+        what = f"{path} holds no characters (expected their ids, 0, 1, 2, ...)"
+        raise UserError(what, "export the checkpoint again")
     return {"name": "char", "characters": characters}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it is missing, or anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        if not isinstance(content, dict):
+            raise ValueError(f"found {shown(content)}")
+        return content
+    except FileNotFoundError as error:
+        what = f"{path.parent} is a folder without {path.name}, so not one of transformers"
+        checkpoints = sorted(path.parent.glob("model_*.pt"))
+        hint = f"name a checkpoint in it: {checkpoints[-1]}" if checkpoints else WHAT_TO_GIVE
+        raise UserError(what, hint) from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        what = f"{path} cannot be read as an object of JSON: {reason}"
+        raise UserError(what, "copy the folder again, or export the model again") from error
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return content
+
+
+def _check_config_file(folder: Path) -> None:
+    """Raises UserError if a folder's config.json is not that of a GPT-2 that this machine can hold."""
+    path = folder / "config.json"
+    config = read_json(path)
+    if (kind := config.get("model_type", "gpt2")) != "gpt2":
+        what = f"{folder} differs from the released GPT-2: model_type={shown(kind)} (expected 'gpt2')"
+        raise UserError(what, "give a GPT-2 model")
+    # Where config.json does not give a size, transformers has a default, which is small.
+    check_sizes({ours: config.get(theirs, 1) for ours, theirs in SIZES.items()}, path)
 
 
 def _import_transformers() -> ModuleType:
@@ -119,7 +159,6 @@ def _check_all_weights_found(loading_info: dict[str, Any], name: str) -> None:
 def _check_is_plain_gpt2(config: Any, name: str) -> None:
     """Raises UserError for options of transformers that compute something else than the released GPT-2."""
     expected = {
-        "model_type": ["gpt2"],
         "activation_function": ["gelu_new"],
         "layer_norm_epsilon": [1e-5],
         "scale_attn_weights": [True],
@@ -146,10 +185,13 @@ class FolderTokenizer:
         transformers = _import_transformers()
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # damaged files raise many types
+            self.encode("a b")
+        except BaseException as error:  # damaged files raise many types, Rust's panics among them
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
             hint = "restore its tokenizer files; without any, the folder would be read with GPT-2's BPE"
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"cannot load the tokenizer in {folder}: {reason}", hint) from error
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise UserError(f"cannot load the tokenizer in {folder}: {reason[:200]}", hint) from error
         self.vocab_size = self.padded_vocab_size = len(self._tokenizer)
         self.end_of_text: int | None = self._tokenizer.eos_token_id
 

@@ -1,0 +1,113 @@
+"""Which model to train: a new one, that of `--init-from`, or that of the checkpoint to resume."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from utils.command_line import UserError, format_bytes
+from utils.distributed import Distributed
+from utils.runtime import memory_bytes
+from utils.tokenizer import Tokenizer, check_vocab_size
+from utils.training.data_source import Data, available_tokenizer, fetch, open_data
+from utils.training.flags import flag_of
+from utils.training.optimizers import state_bytes
+from utils.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from gpt_model import GPT, GPTConfig
+
+
+class ModelFactory(NamedTuple):
+    """How models come into being: utils does not know the class."""
+
+    new: Callable[..., "GPT"]  # from the fields of a GPTConfig, with random weights
+    load: Callable[[str], "GPT"]  # from whatever `--init-from` may name
+
+
+def load_model(
+    factory: ModelFactory, args: Namespace, dist: Distributed, checkpoint: Checkpoint | None
+) -> "GPT | None":
+    """The model of `--init-from`, None where the flags decide; a resumed run does not read it again.
+
+    It gets a model with the sizes of its own checkpoint, whose weights follow with the rest of its state.
+    Raises UserError if flags on the command line contradict the model.
+    """
+    if checkpoint and checkpoint.state["train_args"].get("init_from"):
+        model = factory.new(**checkpoint.model["config"])
+        model.tokenizer_state, source = checkpoint.model["tokenizer"], checkpoint.path
+    elif args.init_from and not checkpoint:
+        model, source = factory.load(args.init_from), args.init_from
+    else:
+        return None
+    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    check_typed(args, dict(sizes, tokenizer=model.tokenizer_state["name"]), source)
+    return model.to(dist.device)
+
+
+def load_model_and_data(
+    factory: ModelFactory, args: Namespace, dist: Distributed, checkpoint: Checkpoint | None = None
+) -> tuple["GPT", Data]:
+    """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
+    model = load_model(factory, args, dist, checkpoint)
+    args.seq_len = args.seq_len or model.config.block_size
+    tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
+    shortest = 0 if args.eval_part else args.seq_len  # a part may be shorter than a window
+    data = open_data(fetch(args.data, dist), tokenizer, shortest, dist)
+    sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.seq_len)
+    sizes.update(vocab_size=data.tokenizer.padded_vocab_size)
+    # Too large a model is an error before anything is allocated; a dry run reports it.
+    outline = outline_if_too_large(lambda: factory.new(**vars(model.config) if model else sizes), args, dist)
+    model = outline or model or factory.new(**sizes).to(dist.device)
+    check_model_reads(model.config, args.seq_len, data.tokenizer)
+    return model, data
+
+
+def check_typed(args: Namespace, found: dict[str, Any], source: str) -> None:
+    """Raises UserError if a flag on the command line contradicts the model that is loaded from `source`."""
+    wrong = [
+        f"{flag_of(name)} {getattr(args, name)} (found {value})"
+        for name, value in found.items()
+        if name in args.typed and getattr(args, name) != value
+    ]
+    if wrong:
+        what = f"{source} contradicts {', '.join(wrong)}"
+        raise UserError(what, "leave these flags out: a loaded model has its own sizes and tokenizer")
+
+
+def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the model cannot read windows of this length, or ids of this tokenizer."""
+    if seq_len > config.block_size:
+        what = f"--seq-len {seq_len} is more than the model's block size {config.block_size}"
+        raise UserError(what, "use a smaller --seq-len")
+    check_vocab_size(tokenizer, config.vocab_size)
+
+
+def outline_if_too_large(build: Callable[[], "GPT"], args: Namespace, dist: Distributed) -> "GPT | None":
+    """None if what is certainly needed fits the known memory, before anything of its size is allocated.
+
+    That is `least_bytes`. If it exceeds the memory, a dry run gets the model on the meta device, to report
+    that; otherwise UserError is raised.
+    """
+    with torch.device("meta"):
+        outline = build()
+    needed, memory = least_bytes(outline, args), memory_bytes(dist.device)
+    too_large = memory is not None and needed > memory
+    if not dist.max_number(too_large):  # on all ranks alike
+        return None
+    if not args.dry_run:
+        has = f"{dist.device} has {format_bytes(memory)}" if too_large else "another rank has less"
+        what = f"{outline.num_parameters():,} parameters with --micro-batch {args.micro_batch} need at least"
+        hint = "use a smaller model (--n-layer, --n-embd) or --micro-batch"
+        raise UserError(f"{what} {format_bytes(needed)} of memory, {has}", hint)
+    return outline
+
+
+def least_bytes(model: "GPT", args: Namespace) -> int:
+    """Bytes without which no micro-batch can be computed: parameters, their state, one activation a layer."""
+    tokens = args.seq_len * (1 if args.micro_batch == "auto" else args.micro_batch)
+    if args.eval_only:
+        return 4 * model.num_parameters() + 8 * tokens
+    activations = tokens * model.config.n_layer * model.config.n_embd
+    return state_bytes(model, args.optimizer) + 4 * activations
