@@ -4,6 +4,7 @@
     python build_fineweb_edu_shards.py --max-shards 10        the first billion tokens
     python build_fineweb_edu_shards.py --input 'corpus/*.jsonl' notes.txt book.parquet --output-dir my_tokens
     python build_fineweb_edu_shards.py --verify               compare every shard with the manifest
+    python build_fineweb_edu_shards.py --verify --inputs      compare the input files, too
 
 Every document becomes <|endoftext|> followed by its GPT-2 tokens, as uint16. The documents of a corpus, in
 order, are one sequence of tokens, which is cut into shards without a gap; shard 0 is val. A build that stops

@@ -36,6 +36,7 @@ from utils.command_line import (
     UserError,
     bits_per_byte,
     format_duration,
+    fraction,
     non_negative_float,
     non_negative_int,
     path_text,
@@ -63,6 +64,7 @@ from utils.training.micro_batch import (
     choose_micro_batch,
     explain_out_of_memory,
     forward_backward,
+    seed_dropout,
     time_micro_batch,
     warm_up,
 )
@@ -115,7 +117,8 @@ MUON_LR = flag("--muon-lr", 0.02, positive_float, "peak learning rate of Muon")
 WEIGHT_DECAY = flag("--weight-decay", 0.1, non_negative_float, "of AdamW's parameters with two dimensions")
 GRAD_CLIP = flag("--grad-clip", 1.0, positive_float, "maximum norm of the gradient")  # Pascanu et al. 2013
 SKIP_SPIKES = flag("--skip-spikes", 0.0, non_negative_float, "skip norms this many sigmas above mean; 0: off")
-SEED = flag("--seed", 1337, non_negative_int, "seed of initial weights and data order")
+DROPOUT = flag("--dropout", 0.0, fraction, "probability of zeroing an activation or attention weight")
+SEED = flag("--seed", 1337, non_negative_int, "seed of initial weights, data order and dropout")
 
 flag.group("evaluation (every N steps and after the last; 0: never)")
 VAL_EVERY = flag("--val-every", 250, non_negative_int, "steps between validations")
@@ -142,6 +145,7 @@ DEVICE = flag("--device", "auto", str, "auto, cpu, cuda, cuda:N or mps")
 DTYPE = flag("--dtype", "auto", ("auto", *runtime.DTYPES), "dtype of matmuls")
 COMPILE = flag("--compile", "auto", "on", "use torch.compile; auto: where it pays")
 flag("--no-compile", None, "off", "do not use torch.compile", dest="compile")
+flag("--recompute", False, bool, "recompute activations in the backward pass: less memory, more time")
 flag("--deterministic", False, bool, "bitwise equal results in every run, where supported")
 flag("--tensorboard", False, bool, "mirror the metrics to TensorBoard, in the log directory")
 flag("--wandb", False, bool, "mirror the metrics to Weights & Biases")
@@ -242,18 +246,17 @@ def evaluate(
 
     `poll` is called before every batch, equally often on all ranks; its exceptions end the evaluation.
     """
-    model.eval()  # like train() below, without effect today: there is no dropout
     loss_sum, count = 0.0, 0
-    for batch in batches:
-        poll()  # may raise Stopped: an evaluation takes minutes, a batch system waits for seconds
-        if batch is not None:  # None: only other ranks have a batch left in this round
-            with runtime.autocast(dist.device, dtype):
-                _, loss = model(*batch, return_logits=False)
-            # Weighted by tokens: the last batch may have fewer rows, and targets of -100 are not scored.
-            scored = int((batch[1] >= 0).sum())
-            loss_sum += loss.item() * scored
-            count += scored
-    model.train()
+    with runtime.eval_mode(model):
+        for batch in batches:
+            poll()  # may raise Stopped: an evaluation takes minutes, a batch system waits for seconds
+            if batch is not None:  # None: only other ranks have a batch left in this round
+                with runtime.autocast(dist.device, dtype):
+                    _, loss = model(*batch, return_logits=False)
+                # Weighted by tokens: the last batch may have fewer rows, and targets of -100 do not count.
+                scored = int((batch[1] >= 0).sum())
+                loss_sum += loss.item() * scored
+                count += scored
     # Sums and counts are reduced, not means: ranks may have evaluated different numbers of tokens.
     loss_sum, count = dist.sum_numbers(loss_sum, count)
     return loss_sum / count
@@ -262,13 +265,14 @@ def evaluate(
 def update(
     state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], lr: float, grad_clip: float,
     micro_steps: int, dist: Distributed, dtype: torch.dtype, poll: Callable[[], None] = lambda: None,
-    describe_batch: Callable[[int], str] = "micro-batch {}".format,
+    seed: int = SEED, describe_batch: Callable[[int], str] = "micro-batch {}".format,
 ) -> tuple[float, float]:  # fmt: skip
     """One update: `micro_steps` micro-batches forward and backward, then a step of the optimizers.
 
     Args:
         batches: those of this rank: (idx, targets), each (B, T).
         poll: called before every micro-step; if it raises, the weights are unchanged.
+        seed: of the dropout masks.
         describe_batch: where micro-step i's batch comes from, for the message of a non-finite loss.
 
     Returns the mean loss of all tokens of the update in nats, and the norm of the gradient before clipping.
@@ -279,6 +283,8 @@ def update(
     for micro_step in range(micro_steps):
         poll()
         idx, targets = next(batches)
+        if state.model.config.dropout:
+            seed_dropout(seed, state.progress.step, micro_step, dist.rank)
         # Gradients are exchanged once per update, in the last micro-step. DDP has to know that before its
         # forward pass, so the context covers both passes.
         with dist.exchange_gradients(model, now=micro_step == micro_steps - 1):
@@ -326,7 +332,6 @@ def write_samples(run: Run, log: RunLog) -> None:
     if not run.dist.is_master:
         return
     model, tokenizer, prompt = run.state.model, run.data.tokenizer, run.args.sample_prompt
-    model.eval()
     try:
         with runtime.autocast(run.dist.device, run.dtype):
             # A fixed seed of a generator of its own: sampling changes no other random number of the run.
@@ -334,7 +339,6 @@ def write_samples(run: Run, log: RunLog) -> None:
         log.log_samples(run.state.progress.step, texts)
     except FloatingPointError as error:
         log.say(f"generation skipped: {error}")
-    model.train()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -384,7 +388,7 @@ def train(run: Run, log: RunLog) -> None:
         )  # fmt: skip
         started = time.perf_counter()  # the clock covers the update and nothing else
         loss, norm = update(
-            state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll,
+            state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll, args.seed,
             lambda i: run.train_loader.describe_batch(progress.windows, i, run.data.tokenizer.decode),
         )  # fmt: skip
         speed = speedometer.measure(progress.step, time.perf_counter() - started)
@@ -413,6 +417,7 @@ def set_up(
     numerics = runtime.set_numerics(args.seed, deterministic=args.deterministic)
     dist.check_equal({"the dtype": dtype.value}, "give --dtype a value that all devices support")
     model, data = load_model_and_data(MODELS, args, dist, checkpoint)
+    model.train().recompute = args.recompute
     matmul = runtime.choose_matmul(model)
     torch.manual_seed(args.seed + dist.rank)  # weights are equal on all ranks, later draws are not
     if args.micro_batch == "auto":
@@ -568,6 +573,10 @@ def main(argv: list[str] | None = None) -> int:
                     print(f"already complete: step {step} of {args.max_steps}, the model is {model}")
                     if step < args.max_steps:
                         print(why_it_ended(run.state.progress, args))
+                if run.state.resumed_from is not None:  # a kill after the last save may have lost these two
+                    with RunLog(args.log_dir, is_master=dist.is_master) as log:
+                        log.draw_curves()
+                        log.write_report()
                 return 0
             return run_to_the_end(run, lines)
 

@@ -28,6 +28,7 @@ from tests.benchmarks import hellaswag as benchmark_hellaswag
 from tests.benchmarks import loader as benchmark_loader
 from tests.benchmarks import loss as benchmark_loss
 from tests.benchmarks import recipe as benchmark_recipe
+from tests.benchmarks import recompute as benchmark_recompute
 from tests.benchmarks import shards as benchmark_shards
 from tests.benchmarks import step as benchmark_step
 from tests.benchmarks.interleaved import BenchmarkProcess, compare_interleaved
@@ -83,6 +84,28 @@ def test_shards_and_loader_are_measured(tmp_path: Path):
     sizes = ("--num-shards", 2, "--shard-tokens", 200_000, "--batches", 2, "--runs", 1)
     figures, printed = measured(tmp_path, "loader", *sizes)
     assert figures["tokens_per_second"] > 0 and "median" in printed
+
+
+def test_recomputation_is_compared_in_memory_and_time(tmp_path: Path):
+    """The same losses in every update, and less memory, although a toy has few activations to recompute."""
+    sizes = "--n-layer 12 --n-head 2 --n-embd 64 --seq-len 256 --micro-batch 8 --rounds 1".split()
+    figures, printed = measured(tmp_path, "recompute", *sizes, "--device", "cpu")
+    assert figures["agree"] and figures["losses_apart"] == 0 and "losses agree" in printed
+    assert figures["recompute"]["activation_bytes"] > 0 and figures["memory_ratio"] > 1.2
+    assert figures["parameters"] == 649_088 and figures["plain"]["seconds"] > 0
+
+
+def test_other_losses_of_recomputation_are_noticed(capsys: pytest.CaptureFixture):
+    """In any update: on a CPU a difference in the last bit, elsewhere one beyond rounding, and NaN."""
+
+    def agree(loss: float, *, exact: bool) -> bool:
+        forms = [Namespace(results=[(2.0, 0), (other, 0)]) for other in (2.0, loss)]
+        return benchmark_recompute.compare_losses(*forms, exact=exact)["agree"]
+
+    assert agree(2.0, exact=True) and agree(2.0 + 1e-6, exact=False)
+    assert not agree(2.0 + 1e-15, exact=True) and not agree(2.1, exact=False)
+    assert not agree(math.nan, exact=False)
+    assert capsys.readouterr().out.count("DISAGREE") == 3
 
 
 def test_forms_of_the_loss_are_compared(tmp_path: Path):

@@ -42,7 +42,7 @@ def test_bpe_round_trip(text):
     """Decoding the ids returns any text unchanged."""
     tokenizer = GPT2Tokenizer()
     ids = tokenizer.encode(text)
-    assert ids.dtype == np.uint16
+    assert ids.dtype == np.int64
     assert tokenizer.decode(ids) == text
 
 

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     end_of_text: int | None  # id of <|endoftext|>
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Ids of a text, 1-D unsigned integers; <|endoftext|> is ordinary text unless `allow_special`."""
+        """Ids of a text, 1-D int64; <|endoftext|> is ordinary text unless `allow_special`."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -64,7 +64,7 @@ class GPT2Tokenizer:
         self.encoding = gpt2_encoding()
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        return encode_text(text, allow_special)
+        return encode_text(text, allow_special).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
@@ -90,7 +90,7 @@ class CharTokenizer:
         self._id_of = {character: i for i, character in enumerate(characters)}
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Ids of a text, 1-D uint16 or uint32; unknown characters are left out, with a warning."""
+        """Ids of a text, 1-D int64; unknown characters are left out, with a warning."""
         unknown = sorted(set(text) - self._id_of.keys())
         if unknown:
             from utils.distributed import environment_rank  # here: tokenizing shards needs no torch
@@ -98,8 +98,7 @@ class CharTokenizer:
             if environment_rank() == 0:
                 some, count = "".join(unknown[:20]), len(unknown)
                 warn(f"{count} characters are not in the vocabulary and left out: {some!r}")
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        return np.fromiter((self._id_of[c] for c in text if c in self._id_of), dtype=dtype)
+        return np.fromiter((self._id_of[c] for c in text if c in self._id_of), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[int(i)] for i in ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -337,3 +338,40 @@ def test_incomplete_torchrun_variables_are_an_error(variables, monkeypatch):
         with join_job(torch.device("cpu")):
             pass
     assert caught.value.one_rank_only  # other ranks may have all of them
+
+
+JOB = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1234")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("RANK", "abc"), ("RANK", ""), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-2")),
+        *(("LOCAL_RANK", "99999999999999999999"), ("LOCAL_RANK", "1.5")),
+        *(("MASTER_PORT", "99999"), ("MASTER_PORT", "abc"), ("MASTER_PORT", "0"), ("MASTER_PORT", "")),
+        ("TORCHELASTIC_RESTART_COUNT", "x"),
+    ],
+)
+def test_a_variable_of_torchrun_that_is_no_number_is_named(name, text, monkeypatch):
+    """Before the job is joined, which would wait, fail in torch, or end in a traceback."""
+    for variable, value in {**JOB, name: text}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"environment variable {name}='{text}'"):
+        with join_job(torch.device("cpu")):
+            pass
+
+
+def test_an_empty_address_is_a_missing_one(monkeypatch):
+    """torch would look up the empty name."""
+    for variable, value in {**JOB, "MASTER_ADDR": ""}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match="MASTER_ADDR not set"), join_job(torch.device("cpu")):
+        pass
+
+
+@pytest.mark.parametrize("script", ["train_gpt.py", "generate.py", "eval_hellaswag.py"])
+def test_a_wrong_rank_ends_every_script_in_two_lines(script, tmp_path):
+    """Although it is read before anything else."""
+    process = run(ROOT / script, "--help", LOCAL_RANK="abc")
+    assert process.returncode == 2, process.stderr
+    assert re.fullmatch("error: environment variable LOCAL_RANK='abc' .+\nhint: .+\n", process.stderr)

@@ -140,6 +140,18 @@ def test_a_new_hyperparameter_is_one_line():
         script.read_arguments(["--beta-two", "-1"])
 
 
+@pytest.mark.parametrize("name", ["val", "hellaswag", "sample", "checkpoint"])
+def test_a_plan_of_a_trillion_events_is_refused_with_the_numbers(name):
+    """The plan of a run lists them; 0, never, and a million are fine."""
+    flags = ["--preset", "tiny", "--max-steps", str(10**15)]
+    for other in ("val", "hellaswag", "sample", "checkpoint"):
+        flags += [f"--{other}-every", "0"]
+    check_training_settings(train_gpt.read_arguments([*flags, f"--{name}-every", str(10**9)])[0], 1)
+    message = f"--{name}-every 1000 in --max-steps {10**15} is 1,000,000,000,000 times"
+    with pytest.raises(UserError, match=message):
+        check_training_settings(train_gpt.read_arguments([*flags, f"--{name}-every", "1000"])[0], 1)
+
+
 def test_every_kind_of_flag_is_read():
     """With a value, from a list, without a value as True or as a text, and with an optional value."""
     flags = Flags()

@@ -153,6 +153,15 @@ def test_a_checkpoint_without_a_setting_resumes_silently(stopped_run, short_text
     assert "model_00009.pt at step 9" in out and "settings have changed" not in err
 
 
+@pytest.mark.parametrize(("dropout", "what"), [(0.0, "rounding"), (0.1, "rounding and dropout masks")])
+def test_dropout_masks_depend_on_the_environment_as_rounding_does(dropout, what):
+    """Such as the number of ranks; the warning says which results will differ."""
+    saved = {"train_args": {}, "tokenizer": {}, "data": [], "environment": {"world_size": 2}}
+    checkpoint = Checkpoint(Path("model_00001.pt"), {"config": {}}, saved)
+    (warning,) = check_same_run(Identity({}, {"dropout": dropout}, {}, [], {"world_size": 1}), checkpoint)
+    assert warning == f"warning: world size 2 -> 1: continuing, results equal to {what} only"
+
+
 @pytest.mark.parametrize("before", [{"compiled": False, "threads": 2}, {"threads": 2}])
 def test_compiling_a_run_that_was_not_is_reported_from_the_environment(before):
     """--compile is compared by what is in use; a checkpoint that does not say is silent about it."""

@@ -61,6 +61,7 @@ def load_model_and_data(
     outline = outline_if_too_large(lambda: factory.new(**vars(model.config) if model else sizes), args, dist)
     model = outline or model or factory.new(**sizes).to(dist.device)
     check_model_reads(model.config, args.seq_len, data.tokenizer)
+    model.config.dropout = args.dropout  # also of loaded weights, whatever they were trained with
     return model, data
 
 

@@ -52,16 +52,8 @@ BY_CONTENT = ("preset", "data", "tokenizer", "init_from", "n_layer", "n_head", "
 # These do not change what is trained: a change is not mentioned. Everything else warns.
 HARMLESS = (
     *("log_dir", "hellaswag_dir", "resume", "eval_only", "dry_run", "cost_per_hour", "dist_timeout"),
-    *(
-        "patience",
-        "max_hours",
-        "val_every",
-        "hellaswag_every",
-        "sample_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-    ),
-    *("keep_every", "tensorboard", "wandb"),
+    *("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+    *("patience", "max_hours", "tensorboard", "wandb", "recompute"),
 )
 
 
@@ -244,7 +236,7 @@ def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
     saved, config, problems = checkpoint.state, checkpoint.model["config"], []
     settings = BEFORE | saved["train_args"]
     for key, value in identity.config.items():
-        if config.get(key) != value:
+        if key != "dropout" and config.get(key) != value:  # that is compared as a setting, which may change
             problems.append(f"has {key}={config.get(key)}, this run has {key}={value}")
     changed = {
         key: (settings[key], value)
@@ -270,7 +262,8 @@ def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
         f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]
     ]:
         changes = ", ".join(other).replace("_", " ")
-        warnings.append(f"{changes}: continuing, results equal to rounding only")
+        masks = " and dropout masks" if identity.settings.get("dropout") else ""
+        warnings.append(f"{changes}: continuing, results equal to rounding{masks} only")
     return warnings
 
 

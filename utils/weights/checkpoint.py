@@ -140,6 +140,7 @@ def model_content(
     `config` holds the fields of its GPTConfig, `step` is the number of completed updates, `val_loss` the last
     one measured, in nats, and `tokenizer_state` what `tokenizer_from_state` reads.
     """
+    config = {name: value for name, value in config.items() if value}  # dropout only where there is some
     content = dict(model=model.state_dict(), config=config, step=step, val_loss=val_loss)
     return dict(content, tokenizer=tokenizer_state, versions=versions())
 
@@ -308,8 +309,8 @@ def _has_right_checksums(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             # No checksum covers the directory bit of an entry, whose data torch would not read.
-            has_directories = any(entry.external_attr & 0x10 for entry in archive.infolist())
-            return archive.testzip() is None and not has_directories
+            files = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
+            return archive.testzip() is None and not any(entry.external_attr & 0x10 for entry in files)
     except Exception as error:  # damaged headers raise many types, EINVAL for a negative offset
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from utils.command_line import ArgumentParser, Unfinished, UserError, run_script
 from utils.files import temporary_name
+from utils.runtime import eval_mode
 from utils.tokenizer import END_OF_TEXT, Tokenizer, read_merges, token_strings, tokenizer_from_state
 from utils.weights.pretrained import CHARACTERS_FILE, TRANSPOSED
 
@@ -32,7 +33,7 @@ NUM_CHECKED_TOKENS = 64  # per sequence
 
 
 def hugging_face_config(model: "GPT", vocab_size: int, end_of_text: int | None) -> dict[str, Any]:
-    """The content of config.json. Dropout is zero, as in training."""
+    """The content of config.json, with the dropout of training, which transformers applies in train mode."""
     config = model.config
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -43,7 +44,7 @@ def hugging_face_config(model: "GPT", vocab_size: int, end_of_text: int | None) 
         **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")},
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "bos_token_id": end_of_text,  # GPT-2 starts and ends a document with the same token
         "eos_token_id": end_of_text,
         "tie_word_embeddings": True,
@@ -117,7 +118,8 @@ def largest_difference(model: "GPT", folder: Path, vocab_size: int) -> float:
     transformers.utils.logging.disable_progress_bar()
     T = min(NUM_CHECKED_TOKENS, model.config.block_size)
     idx = torch.randint(vocab_size, (2, T), generator=torch.Generator().manual_seed(0))  # (B, T)
-    ours = model.double()(idx)[0][..., :vocab_size]  # (B, T, V)
+    with eval_mode(model):
+        ours = model.double()(idx)[0][..., :vocab_size]  # (B, T, V)
     model.float()  # exact: every number was a float32 before
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()(idx).logits
     return (ours - theirs).abs().max().item()
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="log/model_*.pt, or any model that generate.py -m accepts")
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the model")
     args = parser.parse_args(argv)
-    export(GPT.load(args.checkpoint).eval(), args.folder.resolve())
+    export(GPT.load(args.checkpoint), args.folder.resolve())
     print(f'in {args.folder}: AutoModelForCausalLM.from_pretrained("{args.folder}") loads it')
     return 0
 

@@ -196,7 +196,7 @@ class FolderTokenizer:
         self.end_of_text: int | None = self._tokenizer.eos_token_id
 
     def encode(self, text: str, allow_special: bool = True) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32)
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids])

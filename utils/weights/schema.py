@@ -206,6 +206,7 @@ CONFIG = {
     )
     for name, largest in LARGEST_SIZES.items()
 }
+CONFIG["dropout"] = optional(Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value < 1))
 HEAD = {
     "format": Rule(repr(FORMAT), lambda value: value == FORMAT),
     "version": Rule(str(VERSION), lambda value: is_int(value, VERSION, VERSION)),
@@ -249,10 +250,13 @@ STATE_FILE: dict[str, Schema] = {
 
 def checked(content: Any, schema: Mapping[str, Schema], path: Path) -> dict[str, Any]:
     """What a schema names of a file's content. Raises UserError, with the key, if it is not as described."""
-    problem = find_problem(content, schema) or _find_contradiction(content)
+    problem = find_problem(content, schema)
+    if problem is None:
+        content = {key: content[key] for key in schema if key in content}
+        problem = _find_contradiction(content)
     if problem:
         raise UserError(f"{path}: {problem}", UNCHANGED)
-    return {key: content[key] for key in schema if key in content}
+    return content
 
 
 def _find_contradiction(content: dict[str, Any]) -> str | None:
