@@ -3,11 +3,13 @@
     python build_fineweb_edu_shards.py                        FineWeb-Edu sample-10BT -> edu_fineweb10B/
     python build_fineweb_edu_shards.py --max-shards 10        the first billion tokens
     python build_fineweb_edu_shards.py --input 'corpus/*.jsonl' notes.txt book.parquet --output-dir my_tokens
+    python build_fineweb_edu_shards.py --tokenizer bpe:16384  with a tokenizer of one's own
     python build_fineweb_edu_shards.py --verify               compare every shard with the manifest
+    python build_fineweb_edu_shards.py --verify --inputs      compare the input files, too
 
-Every document becomes <|endoftext|> followed by its GPT-2 tokens, as uint16. The documents of a corpus, in
-order, are one sequence of tokens, which is cut into shards without a gap; shard 0 is val. A build that stops
-for any reason continues when the same command is run again, and produces the same bytes.
+Every document becomes <|endoftext|> followed by its tokens, as uint16. The documents of a corpus, in order,
+are one sequence of tokens, which is cut into shards without a gap; shard 0 is val. A build that stops for any
+reason continues when the same command is run again, and produces the same bytes.
 """
 
 from utils.console import begin_script
@@ -21,15 +23,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
 from utils.console import printable, warn
-from utils.files import locked, remove_temporary_files, sha256_of, temporary_name
+from utils.files import locked, remove_temporary_files, temporary_name
 from utils.shards.documents import (
     TEXT_FIELD,
     DocumentSource,
@@ -38,13 +39,21 @@ from utils.shards.documents import (
     parts_from,
     read_documents,
 )
-from utils.shards.encoder import encode_in_batches, encode_one_by_one
+from utils.shards.encoder import backend_of, choose_method, encode_in_batches
 from utils.shards.format import find_all_shards, write_shard
 from utils.shards.hub import HubFiles
 from utils.shards.local_files import LocalFiles, describe_left_out, find_files
 from utils.shards.manifest import FILE_NAME, Manifest
+from utils.shards.tokenizer import (
+    choose_tokenizer,
+    recorded_as,
+    store_tokenizer,
+    train_on_corpus,
+)
+from utils.shards.verify import check_inputs, verify
 from utils.shards.workers import TokenizerPool, TokenQueue, num_cores
-from utils.tokenizer import GPT2_VOCAB_SIZE, MERGES_SHA256, has_tiktoken
+from utils.tokenizer import Tokenizer, has_tiktoken, token_dtype, tokenizer_from_state
+from utils.tokenizer_json import tokenizer_name
 
 ROOT = Path(__file__).resolve().parent
 
@@ -55,6 +64,7 @@ SUBSET = "sample-10BT"
 
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 100, 100_000  # compared between the two backends before each build
 TOKENS_PER_SECOND = 4_000_000  # of one process, for the estimate of the time
+LIBRARY_TOKENS_PER_SECOND = 400_000  # the same for a tokenizer that only the tokenizers library can run
 KEPT = "finished shards are kept; run the same command again to continue"
 
 
@@ -76,7 +86,8 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     add("--revision", help="branch, tag or commit of the data set; default: main when the build starts")
     val_help = "val: the first documents up to this many tokens; default: a shard, or 1 %% of a small corpus"
     add("--val-tokens", type=positive_int, help=val_help)
-    add("--tokenizer", choices=("gpt2",), default="gpt2", help="tokenizer of the shards")
+    kinds, help = ("gpt2",), "gpt2, bpe:N (trained on the corpus, N tokens), or the path of a tokenizer.json"
+    add("--tokenizer", type=partial(tokenizer_name, kinds=kinds), default="gpt2", help=help)
     add("--verify", action="store_true", help="compare every shard with the manifest, and exit")
     add("--inputs", action="store_true", help="with --verify: compare the input files with it, too")
     args = parser.parse_args(arguments)
@@ -160,27 +171,25 @@ def rebuild(manifest: Manifest, index: int, queue: TokenQueue) -> None:
 # The build
 
 
-def build(args: Namespace, source: DocumentSource, manifest: Manifest) -> None:
+def build(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer: Tokenizer) -> None:
     """Rebuilds missing shards and adds the ones that `args` request."""
     from tqdm import tqdm
 
     missing = manifest.missing()
-    expected_tokens = print_plan(args, source, manifest)
-    with TokenizerPool(args.num_workers) as pool:
+    expected_tokens = print_plan(args, source, manifest, tokenizer)
+    with TokenizerPool(args.num_workers, backend_of(encode_in_batches, tokenizer, args.output_dir)) as pool:
         # While the processes start: the fast backend must produce tiktoken's own tokens for this input.
         first = min([*missing, len(manifest.shards)])
         sample = read_sample(source, args.text_field, args.bad_rows, manifest.start_of(first)[0])
-        backend = encode_in_batches
-        if not np.array_equal(encode_in_batches(sample), encode_one_by_one(sample)):
-            warn("batches differ from tiktoken's own tokens on this input")
-            backend = encode_one_by_one
-        name = "in batches" if backend is encode_in_batches else "document by document"
-        print(f"encoding {name}: compared with tiktoken on the first {len(sample)} documents")
+        method, how = choose_method(sample, tokenizer)
+        backend = backend_of(method, tokenizer, args.output_dir)
+        print(f"encoding {how}")
 
         def queue_from(index: int, on_tokens: Callable[[int], object] = lambda count: None) -> TokenQueue:
             position, documents, skipped_rows = manifest.start_of(index)
             blocks = pool.blocks(source, args.text_field, position, backend, args.bad_rows)
-            return TokenQueue(blocks, position, documents, on_tokens, skipped_rows)
+            end_of_text = tokenizer.end_of_text
+            return TokenQueue(blocks, position, documents, on_tokens, end_of_text, skipped_rows)
 
         for index in missing:
             rebuild(manifest, index, queue_from(index))
@@ -205,15 +214,17 @@ def is_done(manifest: Manifest, max_shards: int | None) -> bool:
     return manifest.complete or (max_shards is not None and len(manifest.shards) >= max_shards)
 
 
-def print_plan(args: Namespace, source: DocumentSource, manifest: Manifest) -> int:
+def print_plan(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer: Tokenizer) -> int:
     """Prints what the build will need. Returns the expected number of tokens, finished shards included."""
     tokens, documents = source.estimate(args.text_field)
     if args.max_shards and args.max_shards * args.shard_tokens < tokens:
         documents = documents * args.max_shards * args.shard_tokens // tokens
         tokens = args.max_shards * args.shard_tokens
     remaining = max(0, tokens - manifest.num_tokens)
-    minutes = remaining / TOKENS_PER_SECOND / args.num_workers / 60
-    needed, free = 2 * remaining, shutil.disk_usage(args.output_dir).free
+    rate = TOKENS_PER_SECOND if tokenizer.ranks else LIBRARY_TOKENS_PER_SECOND
+    minutes = remaining / rate / args.num_workers / 60
+    token_bytes, free = token_dtype(tokenizer.vocab_size).itemsize, shutil.disk_usage(args.output_dir).free
+    needed = token_bytes * remaining
     print(
         f"{args.output_dir}: about {tokens:,} tokens of {documents:,} documents in {len(source)} files; "
         f"{needed / 1e9:,.2f} GB to write, {free / 1e9:,.1f} GB free; "
@@ -280,11 +291,20 @@ def open_source(args: Namespace, manifest: Manifest | None) -> DocumentSource:
     return HubFiles.resolve(args.dataset, args.subset, args.revision, read_ahead=read_ahead)
 
 
-def settings_of(args: Namespace, source: DocumentSource) -> dict[str, Any]:
-    """Everything that determines the bytes of the shards."""
+def train(args: Namespace, source: DocumentSource, vocab_size: int) -> dict[str, Any]:
+    """State of a BPE trained on the part of the corpus that will be train, as far as can be known."""
+    num_tokens, _ = source.estimate(args.text_field)
+    is_small = num_tokens < args.shard_tokens
+    val_tokens = int(num_tokens * SMALL_CORPUS_VAL_FRACTION) if is_small else args.shard_tokens
+    size = args.val_tokens or val_tokens
+    return train_on_corpus(source, args.text_field, args.bad_rows, vocab_size, size)
+
+
+def settings_of(args: Namespace, source: DocumentSource, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Everything that determines the bytes of the shards; `tokenizer` is its state."""
     return {
-        "tokenizer": args.tokenizer,
-        "merges_sha256": MERGES_SHA256,
+        "tokenizer": args.tokenizer if args.tokenizer.startswith("bpe:") else tokenizer["name"],
+        **recorded_as(tokenizer),
         "shard_tokens": args.shard_tokens,
         "val_tokens": args.val_tokens,
         "text_field": args.text_field if not all(map(is_text, source.kinds)) else None,
@@ -293,70 +313,17 @@ def settings_of(args: Namespace, source: DocumentSource) -> dict[str, Any]:
     }
 
 
-def check_inputs(manifest: Manifest, source: DocumentSource) -> None:
-    """Records the checksums of the input before the first shard; later raises UserError if they differ."""
-    if manifest.shards and manifest.inputs is None:  # the hub's, or started by an earlier version
-        return
-    inputs = source.checksums()
-    if not manifest.shards:
-        manifest.inputs = inputs
-        return
-    for old, new in zip(manifest.inputs, inputs):
-        if old["sha256"] != new["sha256"]:
-            what = f"{new['path']} has changed since the build started (SHA-256 {new['sha256']})"
-            raise UserError(what, f"restore it ({old['sha256']}), or build into another --output-dir")
-
-
-def verify_inputs(manifest: Manifest) -> None:
-    """Compares the input files with the manifest. Raises UserError that names those that differ."""
-    if manifest.inputs is None:
-        what = f"{manifest.folder / FILE_NAME} records no checksums of input files"
-        raise UserError(what, "omit --inputs: it was built from the hub, or by an earlier version")
-    differ = []
-    for record in manifest.inputs:
-        path = Path(record["path"])
-        problem = None if path.is_file() else "missing"
-        if not problem and sha256_of(path) != record["sha256"]:
-            problem = f"SHA-256 is not {record['sha256']}: the content has changed"
-        print(printable(f"{path}: {problem or 'ok'}"), flush=True)
-        differ += [str(path)] if problem else []
-    if differ:
-        what = f"{len(differ)} of {len(manifest.inputs)} input files differ: {', '.join(differ[:4])}"
-        raise UserError(what, "the shards hold the earlier content: restore it, or build in a new folder")
-
-
-def verify(folder: Path, *, inputs: bool = False) -> int:
-    """Compares every shard, and on request the input, with the manifest. Raises UserError for differences."""
-    manifest = Manifest.load(folder)
-    if manifest is None:
-        raise UserError(f"{folder} has no {FILE_NAME}", "name the folder of a build: --output-dir")
-    damaged = []
-    for record in manifest.shards:
-        problem = manifest.find_problem(record, GPT2_VOCAB_SIZE)
-        print(f"{record['name']}: {problem or 'ok'}", flush=True)
-        if problem:
-            damaged.append(record["name"])
-    if damaged:
-        what = f"{folder}: {len(damaged)} of {len(manifest.shards)} shards are damaged: {', '.join(damaged)}"
-        raise UserError(what, "delete them and run the command that built them again: only they are rebuilt")
-    manifest.check_folder(next_allowed=False)
-    if inputs:
-        verify_inputs(manifest)
-    state = "the build is complete" if manifest.complete else "the corpus has more: the build can continue"
-    print(f"{len(manifest.shards)} shards, {manifest.num_tokens:,} tokens, all as written; {state}")
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if args.verify:
         return verify(args.output_dir, inputs=args.inputs)
-    if not has_tiktoken():
+    if args.tokenizer == "gpt2" and not has_tiktoken():
         raise UserError("tiktoken is not installed", "pip install tiktoken")
     with locked_folder(args.output_dir):
         manifest = Manifest.load(args.output_dir)
         source = open_source(args, manifest)
-        settings = settings_of(args, source)
+        tokenizer = choose_tokenizer(args.tokenizer, args.output_dir, manifest, partial(train, args, source))
+        settings = settings_of(args, source, tokenizer)
         if manifest is None or not manifest.shards:  # an attempt without a shard may be replaced
             manifest = Manifest(args.output_dir, settings)
         if args.bad_rows == "skip":  # what a build that stops at bad rows has written has none
@@ -364,14 +331,15 @@ def main(arguments: list[str] | None = None) -> int:
         manifest.check_settings(settings)
         done = is_done(manifest, args.max_shards)
         manifest.check_folder(next_allowed=not done)
-        for pattern in ("edufineweb_*.npy", FILE_NAME, "probe*"):
+        for pattern in ("edufineweb_*.npy", FILE_NAME, "tokenizer*.json", "probe*"):
             for name in remove_temporary_files(args.output_dir, pattern):
                 print(f"removed {name}, left unfinished by an earlier build")
         done = done and not manifest.missing()
         if not done:
             check_inputs(manifest, source)
             manifest.save()
-            build(args, source, manifest)
+            store_tokenizer(args.output_dir, tokenizer)
+            build(args, source, manifest, tokenizer_from_state(tokenizer))
     documents = manifest.shards[-1]["documents"]
     skipped = f"; {manifest.skipped_rows:,} rows without text skipped" if args.bad_rows == "skip" else ""
     print(

@@ -38,7 +38,15 @@ from utils.distributed import Distributed, environment_local_rank
 from utils.hellaswag.dataset import NUM_ENDINGS, choose_directory, find_or_download, read_rows
 from utils.hellaswag.results import STYLES, check_output, compare, make_record, summary, write_results
 from utils.hellaswag.tokenization import crop_rows, harness_text, tokenize, tokenizer_for
-from utils.runtime import DTYPES, autocast, choose_device, choose_dtype, choose_matmul, peak_memory_bytes
+from utils.runtime import (
+    DTYPES,
+    autocast,
+    choose_device,
+    choose_dtype,
+    choose_matmul,
+    eval_mode,
+    peak_memory_bytes,
+)
 from utils.tokenizer import GPT2Tokenizer, Tokenizer
 
 # Nodes per forward pass: enough to keep the device busy at little memory.
@@ -69,7 +77,7 @@ def render_multiple_choice_tensors(
     rows, starts = crop_rows(context, endings, block_size)
     tokens, mask = torch.zeros(2, NUM_ENDINGS, max(map(len, rows)), dtype=torch.int64)  # (4, N), (4, N)
     for ending, (row, start) in enumerate(zip(rows, starts)):
-        tokens[ending, : len(row)] = torch.from_numpy(row.astype(np.int64))
+        tokens[ending, : len(row)] = torch.from_numpy(row)
         # Padding needs no attention mask: it comes last, and causal attention never looks ahead.
         mask[ending, start : len(row)] = 1
     label = example.get("label")
@@ -169,7 +177,7 @@ def make_example(
         tokens=tokens,
         positions=positions,
         row_sets=row_sets,
-        targets=np.concatenate([ids[first:] for ids, first in zip(rows, firsts)]).astype(np.int64),
+        targets=np.concatenate([ids[first:] for ids, first in zip(rows, firsts)]),
         predicted_by=np.concatenate([path[first - 1 :] for path, first in zip(paths, firsts)]),
         endings=np.repeat(np.arange(NUM_ENDINGS), counts),
         divisors=np.maximum(divisors, 1).astype(np.float64),
@@ -310,13 +318,9 @@ def score_examples(
     """
     batches = plan_batches(examples, batch_tokens or BATCH_TOKENS[dist.device.type])
     batches += [[]] * (int(dist.max_number(len(batches))) - len(batches))
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):  # left also if the caller stops early
         for batch in batches:
             yield batch, score_batch(model, batch, dtype) if batch else np.empty((0, NUM_ENDINGS))
-    finally:  # also if the caller stops early
-        model.train(was_training)
 
 
 # ------------------------------------------------------------------------------------------------------------

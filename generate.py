@@ -3,6 +3,8 @@
 python generate.py -m log/model_01000.pt -p "To be, or not to be"
 python generate.py -m gpt2-xl -p FILE:prompt.txt --temperature 0
 python generate.py                       the newest checkpoint in log/, prompts typed at the terminal
+
+From Python, `complete(GPT.load("log/model_01000.pt"), "To be, or not to be")` returns a text.
 """
 
 from utils.console import begin_script
@@ -17,17 +19,16 @@ from argparse import Namespace
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt_model import GPT
-from utils import command_line
 from utils.command_line import ArgumentParser, UserError, path_text, run_script
 from utils.console import warn
+from utils.decoding import check_sampling
 from utils.distributed import environment_local_rank
-from utils.runtime import DTYPES, choose_device, choose_dtype, choose_matmul
+from utils.runtime import DTYPES, choose_device, choose_dtype, choose_matmul, eval_mode
 from utils.text_files import read_text
 from utils.tokenizer import Tokenizer, check_vocab_size, tokenizer_from_state
 from utils.weights.checkpoint import newest_model_file
@@ -46,19 +47,37 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, block_size: int) -> Tensor:
     return torch.tensor([ids[-block_size:]])
 
 
+def complete(
+    model: GPT, prompt: str, max_new_tokens: int = 100, temperature: float = 0.8, top_k: int | None = 50,
+    top_p: float | None = None, seed: int = 42,
+) -> str:  # fmt: skip
+    """The prompt with one continuation; the arguments and their defaults are those of the command line.
+
+    The continuation ends before the first <|endoftext|>. Raises UserError for impossible arguments, or if the
+    model has no tokenizer here; FloatingPointError for non-finite logits.
+    """
+    tokenizer = tokenizer_from_state(model.tokenizer_state)
+    check_vocab_size(tokenizer, model.config.vocab_size)
+    return sample_texts(model, tokenizer, prompt, 1, max_new_tokens, seed, temperature, top_k, top_p)[0]
+
+
 def sample_texts(
     model: GPT, tokenizer: Tokenizer, prompt: str, num_samples: int, max_new_tokens: int, seed: int,
-    **sampling: Any,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
 ) -> list[str]:  # fmt: skip
     """Continues a prompt several times, with a random number generator of its own.
 
-    `model` is the raw module, whose `generate` takes `sampling`. Returns `num_samples` texts, each the prompt
-    and a continuation up to the first <|endoftext|>. Raises FloatingPointError for non-finite logits.
+    `model` is the raw module; its dropout is off meanwhile. Returns `num_samples` texts, each the prompt and
+    a continuation up to the first <|endoftext|>. Raises UserError for impossible arguments (see
+    `GPT.generate`), FloatingPointError for non-finite logits.
     """
+    check_sampling(max_new_tokens, temperature, top_k, top_p, num_samples)
     device, end_of_text = model.lm_head.weight.device, tokenizer.end_of_text
     idx = encode_prompt(prompt, tokenizer, model.config.block_size).to(device).repeat(num_samples, 1)
-    sampling.update(generator=torch.Generator(device).manual_seed(seed), vocab_size=tokenizer.vocab_size)
-    continuations = model.generate(idx, max_new_tokens, **sampling)[:, idx.size(1) :].tolist()
+    generator = torch.Generator(device).manual_seed(seed)
+    sampling = (temperature, top_k, top_p, generator, tokenizer.vocab_size)
+    with eval_mode(model):
+        continuations = model.generate(idx, max_new_tokens, *sampling)[:, idx.size(1) :].tolist()
     return [prompt + tokenizer.decode(takewhile(lambda i: i != end_of_text, ids)) for ids in continuations]
 
 
@@ -77,17 +96,21 @@ def read_prompt(argument: str | None) -> str:
     return text.removeprefix("\ufeff")
 
 
-def interact(model: GPT, tokenizer: Tokenizer, max_new_tokens: int, seed: int, **sampling: Any) -> None:
+def interact(
+    model: GPT, tokenizer: Tokenizer, max_new_tokens: int, seed: int,
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
+) -> None:  # fmt: skip
     """Reads prompts and streams continuations until an empty line or the end of input."""
     device = model.lm_head.weight.device
-    sampling.update(generator=torch.Generator(device).manual_seed(seed), vocab_size=tokenizer.vocab_size)
+    generator = torch.Generator(device).manual_seed(seed)
+    sampling = (temperature, top_k, top_p, generator, tokenizer.vocab_size)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is typed or pasted may not be UTF-8
     with suppress(EOFError):
         while prompt := input("prompt (an empty line quits): "):
             idx = encode_prompt(prompt, tokenizer, model.config.block_size).to(device)
             ids, shown = [], ""
-            for token in map(Tensor.item, model.stream(idx, max_new_tokens, **sampling)):
+            for token in map(Tensor.item, model.stream(idx, max_new_tokens, *sampling)):
                 if token == tokenizer.end_of_text:
                     break
                 ids.append(token)
@@ -106,20 +129,18 @@ def parse_arguments(argv: list[str] | None) -> Namespace:
     model_help = "checkpoint, gpt2[-medium|-large|-xl] or folder; default: newest in log/"
     add("-m", "--model-name", type=path_text, help=model_help)
     add("-p", "--prompt", help="text, FILE:path, or - for standard input; default: ask at the terminal")
-    add("-n", "--num-samples", type=command_line.positive_int, default=1, help="number of continuations")
-    add("--max-new-tokens", type=command_line.positive_int, default=100, help="tokens per continuation")
-    add("--temperature", type=command_line.non_negative_float, default=0.8, help="0 is greedy decoding")
-    add("--top-k", type=command_line.positive_int, default=50, help="sample from the k likeliest tokens")
-    add("--top-p", type=command_line.positive_float, help="of those, the likeliest of this total probability")
-    add("--seed", type=command_line.non_negative_int, default=42, help="seed of the random number generator")
+    add("-n", "--num-samples", type=int, default=1, help="number of continuations")
+    add("--max-new-tokens", type=int, default=100, help="tokens per continuation")
+    add("--temperature", type=float, default=0.8, help="0 is greedy decoding")
+    add("--top-k", type=int, default=50, help="sample from the k likeliest tokens")
+    add("--top-p", type=float, help="of those, the likeliest of this total probability; default: off")
+    add("--seed", type=int, default=42, help="seed of the random number generator")
     add("-d", "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of weights and matmuls")
     args = parser.parse_args(argv)
     if not -(2**63) <= args.seed < 2**64:  # what torch.Generator takes
         raise UserError(f"--seed {args.seed} does not fit into 64 bits", "give a smaller number")
-    if args.top_p is not None and args.top_p > 1:
-        hint = "give at most 1, or leave it out (--top-k still applies)"
-        raise UserError(f"--top-p {args.top_p} is not a probability (expected at most 1)", hint)
+    check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.num_samples)
     return args
 
 
@@ -131,17 +152,16 @@ def main(argv: list[str] | None = None) -> int:
     if source is None:
         raise UserError(f"no checkpoint in {LOG_DIR}", "run train_gpt.py first, or name a model: -m gpt2")
     # Converted once instead of autocast: half the bytes to read for each token, and no casts of activations.
-    model = GPT.load(source, device).eval().to(dtype)
+    model = GPT.load(source, device).to(dtype)
     choose_matmul(model)
     tokenizer = tokenizer_from_state(model.tokenizer_state)
     check_vocab_size(tokenizer, model.config.vocab_size)
-    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-    sampling.update(max_new_tokens=args.max_new_tokens, seed=args.seed)
+    sampling = (args.max_new_tokens, args.seed, args.temperature, args.top_k, args.top_p)
     try:
         if args.prompt is None and sys.stdin.isatty():
-            interact(model, tokenizer, **sampling)
+            interact(model, tokenizer, *sampling)
             return 0
-        texts = sample_texts(model, tokenizer, read_prompt(args.prompt), args.num_samples, **sampling)
+        texts = sample_texts(model, tokenizer, read_prompt(args.prompt), args.num_samples, *sampling)
     except FloatingPointError as error:
         hint = "the weights are broken: use an earlier checkpoint; or float16 overflowed: use --dtype float32"
         raise UserError(f"{source}: {error}", hint) from error

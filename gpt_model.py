@@ -15,9 +15,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from utils.command_line import UserError
-from utils.decoding import StaticDecoder, graph_pays
+from utils.decoding import StaticDecoder, check_sampling, graph_pays
 from utils.fused_loss import fused_cross_entropy
 from utils.tokenizer import GPT2_VOCAB_SIZE
 from utils.weights.schema import check_weights, size_problems
@@ -32,16 +33,20 @@ PRETRAINED_CONFIGS = {
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT-2; the defaults are GPT-2 124M. Raises UserError for impossible sizes."""
+    """The sizes of a GPT-2, by default 124M, and its dropout. Raises UserError for impossible values."""
 
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = GPT2_VOCAB_SIZE  # 50,000 merges, 256 bytes, <|endoftext|>; training pads it
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    dropout: float = 0.0  # in training (Srivastava et al. 2014); not a size: any value fits the same weights
 
     def __post_init__(self):
-        if problems := size_problems(asdict(self)):
+        problems = size_problems({name: value for name, value in asdict(self).items() if name != "dropout"})
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:  # also NaN
+            problems.append(f"dropout={self.dropout} is not at least 0 and below 1")
+        if problems:
             raise UserError("model: " + "; ".join(problems), "GPT-2 124M has n_layer=12 n_head=12 n_embd=768")
 
 
@@ -73,24 +78,26 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values in one matmul
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.c_proj.NANOGPT_SCALE_INIT = True
-        self.n_head = config.n_head
+        self.config = config
         self.layer = layer
 
     def forward(self, x: Tensor, mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
-        B, T, C = x.shape
+        (B, T, C), H = x.shape, self.config.n_head
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         # Each head attends in its own D = C / H channels: heads become a batch dimension.
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+        q = q.view(B, T, H, C // H).transpose(1, 2)  # (B, H, T, D)
+        k = k.view(B, T, H, C // H).transpose(1, 2)  # (B, H, T, D)
+        v = v.view(B, T, H, C // H).transpose(1, 2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         # A single position attends to the whole cache. With is_causal it would attend to the first key only:
         # PyTorch aligns that mask to the top left.
         is_causal = mask is None and T > 1
         # softmax(q k^T / sqrt(D)) v, without the (T, T) matrix where FlashAttention (Dao et al. 2022) runs.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+        dropout = self.config.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+        return F.dropout(y, dropout)
 
 
 class MLP(nn.Module):
@@ -102,9 +109,10 @@ class MLP(nn.Module):
         self.gelu = nn.GELU(approximate="tanh")  # GPT-2 was trained with this approximation
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.c_proj.NANOGPT_SCALE_INIT = True
+        self.config = config
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        return F.dropout(self.c_proj(self.gelu(self.c_fc(x))), self.config.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -129,6 +137,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer_state = {"name": "gpt2"}  # of the tokenizer it was trained with
+        self.recompute = False  # True: training takes less memory, and about a third more time
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),  # token embedding
             wpe=nn.Embedding(config.block_size, config.n_embd),  # learned absolute positions
@@ -175,8 +184,13 @@ class GPT(nn.Module):
             positions = torch.arange(past, past + T, device=idx.device)
         # Positions are added, not concatenated: (B, T, C) + (T, C) broadcasts over the batch.
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.transformer.h:
-            x = block(x, attention_mask, cache)
+            if self.recompute and self.training:
+                # Keeps x only; the backward pass runs the block again, with equal dropout (Chen et al. 2016).
+                x = checkpoint(block, x, attention_mask, use_reentrant=False)
+            else:
+                x = block(x, attention_mask, cache)
         if cache is not None:
             cache.length += T
         return self.transformer.ln_f(x)
@@ -215,8 +229,9 @@ class GPT(nn.Module):
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, device_type: str, is_master_process: bool = True
-    ) -> torch.optim.AdamW:
+        self, weight_decay: float, learning_rate: float, device_type: str, is_master_process: bool = True,
+        leave_out: frozenset[nn.Parameter] = frozenset(),
+    ) -> torch.optim.AdamW:  # fmt: skip
         """AdamW (Loshchilov & Hutter 2019) with the betas of GPT-3; only matrices decay.
 
         Args:
@@ -224,9 +239,10 @@ class GPT(nn.Module):
             learning_rate: initial value; the training loop sets it before every update.
             device_type: "cuda", "cpu" or "mps" update all parameters in fused kernels.
             is_master_process: print one line about the parameter groups.
+            leave_out: parameters that another optimizer trains.
         """
-        decayed = [p for p in self.parameters() if p.requires_grad and p.dim() >= 2]
-        others = [p for p in self.parameters() if p.requires_grad and p.dim() < 2]
+        trained = [p for p in self.parameters() if p.requires_grad and p not in leave_out]
+        decayed, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         fused = device_type in ("cuda", "cpu", "mps")
         if is_master_process:
@@ -244,6 +260,7 @@ class GPT(nn.Module):
         vocab_size: int | None = None, use_cache: bool = True,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yields the ids (B, 1) of one new token after another; the arguments are those of `generate`."""
+        check_sampling(max_new_tokens, temperature, top_k, top_p)
         block_size = self.config.block_size
         context = idx[:, -block_size:]  # (B, T)
         room = min(block_size, context.size(1) + max_new_tokens)
@@ -282,14 +299,17 @@ class GPT(nn.Module):
             vocab_size: of the tokenizer; larger ids are padding and never sampled.
             use_cache: cache keys and values; without it the tokens are the same, only slower.
 
-        Raises FloatingPointError for non-finite logits.
+        Raises UserError for impossible arguments, FloatingPointError for non-finite logits.
         """
         sampling = (temperature, top_k, top_p, generator, vocab_size, use_cache)
         return torch.cat([idx, *self.stream(idx, max_new_tokens, *sampling)], dim=1)
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "GPT":
-        """Loads a checkpoint file, a GPT-2 size, or a folder of transformers. Raises UserError otherwise."""
+        """Loads a checkpoint file, a GPT-2 size or a folder of transformers, in eval mode.
+
+        Raises UserError for anything else.
+        """
         if str(source) in PRETRAINED_CONFIGS or Path(source).is_dir():
             return cls.from_pretrained(source).to(device)
         if not str(source).endswith(".pt") and not Path(source).exists():
@@ -309,7 +329,7 @@ class GPT(nn.Module):
         model = cls(config)
         model.load_state_dict(saved["model"])
         model.tokenizer_state = saved["tokenizer"]
-        return model.to(device)
+        return model.to(device).eval()
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path) -> "GPT":
@@ -320,7 +340,7 @@ class GPT(nn.Module):
         model = cls(GPTConfig(**config))
         model.load_state_dict(state_dict)
         model.tokenizer_state = tokenizer_state_of(str(name_or_dir))
-        return model
+        return model.eval()
 
 
 def sample_token(

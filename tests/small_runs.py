@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train_gpt
+from utils.training.log_directory import LOGS
 
 TEXT = "The quick brown fox jumps over the lazy dog; the dog sleeps on.\n"
 TINY = (  # shared by all small runs; flags that follow override these
@@ -76,14 +77,14 @@ def stop_by_signal_in(monkeypatch: pytest.MonkeyPatch, name: str, number: int, a
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint file, by their path in its nested dicts."""
+    """All tensors of a checkpoint file, by their path in its nested dicts and lists."""
 
     def walk(value: Any, place: str) -> Iterator[tuple[str, torch.Tensor]]:
         if isinstance(value, torch.Tensor):
             yield place, value
-        elif isinstance(value, dict):
-            for key in value:
-                yield from walk(value[key], f"{place}.{key}")
+        elif isinstance(value, (dict, list)):
+            for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from walk(entry, f"{place}.{key}")
 
     return dict(walk(torch.load(path, weights_only=True), path.name))
 
@@ -101,15 +102,37 @@ def assert_same_losses(log_dir: Path, expected: Path, tolerance: float = 1e-4) -
     assert all(abs(a - b) <= tolerance for (_, a), (_, b) in zip(ours, theirs))
 
 
-def assert_same_run(log_dir: Path, expected: Path, step: int = 20) -> None:
-    """log.txt and samples.txt are equal byte for byte; weights, moments and step counts bit for bit."""
-    for name in ("log.txt", "samples.txt"):
-        assert (log_dir / name).read_bytes() == (expected / name).read_bytes(), name
-    for name in (f"model_{step:05d}.pt", f"optimizer_{step:05d}.pt"):
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Also of NaN and of negative zero, which compare otherwise as numbers."""
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (ours, theirs)))
+
+
+def differences(log_dir: Path, expected: Path, step: int = 20, *, with_rng: bool = False) -> list[str]:
+    """Where a run of `step` steps differs from another one: in a byte of log.txt or samples.txt, in a bit of
+    weights, moments and step counts, in a training step that metrics.jsonl lacks or repeats.
+
+    Generators of random numbers (`with_rng`) are equal only if both runs had a process of their own.
+    """
+    files = (f"model_{step:05d}.pt", f"optimizer_{step:05d}.pt")
+    missing = [f"{name} (missing)" for name in (*LOGS, *files) if not (log_dir / name).exists()]
+    if missing:
+        return missing
+    names = ("log.txt", "samples.txt")
+    found = [name for name in names if (log_dir / name).read_bytes() != (expected / name).read_bytes()]
+    for name in files:
         ours, theirs = tensors_of(log_dir / name), tensors_of(expected / name)
-        assert ours.keys() == theirs.keys() and len(ours) > 20
-        for place in theirs:
-            if ".rng." not in place:
-                assert torch.equal(ours[place], theirs[place]), place
+        assert len(theirs) > 20
+        found += sorted(ours.keys() ^ theirs.keys())
+        both = [place for place in theirs if place in ours and (with_rng or ".rng." not in place)]
+        found += [place for place in both if not same_bits(ours[place], theirs[place])]
     records = [json.loads(line) for line in (log_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(step))
+    if [r["step"] for r in records if r["kind"] == "train"] != list(range(step)):
+        found.append("the steps of metrics.jsonl")
+    return found
+
+
+def assert_same_run(log_dir: Path, expected: Path, step: int = 20) -> None:
+    """No `differences`."""
+    assert differences(log_dir, expected, step) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -13,10 +14,14 @@ from utils.command_line import (
     Diverged,
     Unfinished,
     UserError,
+    environment_int,
     format_bytes,
     format_duration,
+    non_negative_float,
+    non_negative_int,
     path_text,
     perplexity,
+    positive_float,
     positive_int,
     run_script,
 )
@@ -46,6 +51,74 @@ def test_other_exceptions_keep_their_traceback_and_success_is_zero():
     assert run_script(interrupted) == 130
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        (
+            positive_int,
+            "9" * 400,
+            r"9{40}... \(400 characters\) is not a whole number \(expected at most 1,000",
+        ),
+        (positive_int, "9" * 5000, r"\(5,000 characters\) is not a whole number"),  # Python converts no more
+        (non_negative_int, "1" + "0" * 19, "is not a whole number"),
+        (non_negative_int, "1.5", "1.5 is not a whole number"),
+        (positive_int, "", " is not a whole number"),
+        (positive_float, "1e308", r"1e308 is not a finite number \(expected at most 1e\+30\)"),
+        (positive_float, "1e-320", r"1e-320 is too close to zero \(expected at least 1e-30\)"),
+        (non_negative_float, "inf", "inf is not a finite number"),
+        (non_negative_float, "1e5000", "1e5000 is not a finite number"),
+        (positive_float, "-0.0", "-0.0 is not above zero"),
+    ],
+)
+def test_a_number_out_of_all_proportion_is_refused(kind, text, message):
+    """It would overflow somewhere below; the message has the number, shortened, and the largest one."""
+    parser = ArgumentParser(prog="x.py")
+    parser.add_argument("--n", type=kind)
+    with pytest.raises(UserError, match=message) as caught:
+        parser.parse_args([f"--n={text}"])
+    assert len(str(caught.value)) < 200
+    is_int = kind in (positive_int, non_negative_int)
+    for fits in ("1_000", "1000000000000000") if is_int else ("1e-30", "1e30"):
+        assert parser.parse_args([f"--n={fits}"]).n == kind(fits) > 0
+
+
+@pytest.mark.parametrize(
+    "text", ["abc", "", " ", "-1", "1.0", "1_0", "+1", "99999999999999999999", "9" * 5000, "²"]
+)
+def test_an_environment_variable_that_is_no_number_is_named(text, monkeypatch):
+    """With its value and the range; the error is of this process, so this process prints it."""
+    monkeypatch.setenv("RANK", text)
+    message = r"environment variable RANK=.* \(expected a whole number from 0 to"
+    with pytest.raises(UserError, match=message) as caught:
+        environment_int("RANK", 0)
+    assert caught.value.one_rank_only and caught.value.hint == "correct it, or remove it: unset RANK"
+    monkeypatch.setenv("RANK", "07")
+    assert environment_int("RANK", 0) == 7
+    monkeypatch.delenv("RANK")
+    assert environment_int("RANK", 3) == 3
+
+
+def test_an_error_in_the_rank_itself_is_two_lines(capsys):
+    """`run_script` calls the function that reads it, where errors are caught; main is not called."""
+
+    def rank() -> int:
+        raise UserError("LOCAL_RANK=x", "unset it", one_rank_only=True)
+
+    assert run_script(lambda: 1 / 0, rank) == 2
+    assert capsys.readouterr().err == "error: LOCAL_RANK=x\nhint: unset it\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate")])
+def test_a_lack_of_memory_is_two_lines(error, capsys):
+    """Of Python and of PyTorch: smaller numbers help, a traceback does not."""
+
+    def fail() -> None:
+        raise error
+
+    assert run_script(fail) == 2
+    assert re.fullmatch("error: out of memory: .+\nhint: .+\n", capsys.readouterr().err)
 
 
 def test_given_flags_are_told_from_defaults():

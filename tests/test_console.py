@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import OFFLINE, ROOT
+from tests.conftest import OFFLINE, ROOT, run
 from utils.console import CONTROLS, printable, warn
 
 # A script that prints more than any buffer holds, and then finishes its work: a file.
@@ -109,6 +110,19 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(script):
     assert (code, output) == (130, "")
 
 
+@pytest.mark.parametrize("register", ["atexit.register(interrupt)", "weakref.finalize(sys, interrupt)"])
+def test_ctrl_c_after_the_work_ends_without_a_traceback(register):
+    """While Python shuts down, which takes a while with PyTorch."""
+    code = (
+        "from utils.console import begin_script; begin_script()\n"
+        "import atexit, os, signal, sys, weakref; from utils.command_line import run_script\n"
+        f"interrupt = lambda: os.kill(os.getpid(), signal.SIGINT); {register}\n"
+        "sys.exit(run_script(lambda: print('done')))\n"
+    )
+    process = run("-c", code)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "done\n", "")
+
+
 def test_an_ignored_ctrl_c_stays_ignored():
     """As a shell starts jobs in the background."""
     code = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -126,11 +140,31 @@ def test_a_second_ctrl_c_ends_a_native_call(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
+    time.sleep(0.5)  # the native call has begun
     process.send_signal(signal.SIGINT)
     time.sleep(1.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=5) == 130
+
+
+WORKER = "from utils.console import begin_script; begin_script(); print(1, flush=True); input()"
+LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WORKER!r}])"
+
+
+@pytest.mark.parametrize(("variables", "ends"), [({"TORCHELASTIC_RUN_ID": "x"}, True), ({}, False)])
+def test_a_worker_ends_with_its_launcher(variables, ends):
+    """Wherever it is, for example in its imports; a script started by hand survives its shell."""
+    streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    command, environment = [sys.executable, "-c", LAUNCHER], {**os.environ, **variables}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, **streams)
+    assert process.stdout.readline() == b"1\n"
+    process.kill()
+    # The pipe is readable, and empty, when the last process that could write to it has ended.
+    ended = select.select([process.stdout], [], [], 10 if ends else 1.5)[0] != []
+    process.stdin.close()  # ends a worker that has survived
+    process.wait()
+    assert ended == ends and process.stdout.read() == b""
 
 
 @pytest.mark.parametrize(

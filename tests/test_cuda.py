@@ -189,9 +189,10 @@ def test_the_automatic_micro_batch_is_the_largest_that_fits(text_file, tmp_path)
     assert 8 <= micro_batch("little") < 2**20 // 64
 
 
-def test_a_killed_deterministic_run_is_resumed_bitwise(text_file, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--dropout", "0.2", "--recompute")], ids=str)
+def test_a_killed_deterministic_run_is_resumed_bitwise(more, text_file, tmp_path):
     """SIGKILL at step 20, between checkpoints: logs, samples and weights are those of an undisturbed run."""
-    flags = ["--deterministic", "--max-steps", "60", "--checkpoint-every", "8", "--sample-every", "15"]
+    flags = ["--deterministic", "--max-steps", "60", "--checkpoint-every", "8", "--sample-every", "15", *more]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed, process = start(text_file, whole, *flags), start(text_file, killed, *flags)
     wait_for(process, "step    20 |")

@@ -101,6 +101,15 @@ def test_text_is_split_at_ninety_percent():
     assert val.locate(3) == ("t.txt", 93)
 
 
+@pytest.mark.parametrize(("largest", "dtype"), [(65_535, np.uint16), (65_536, np.uint32)])
+def test_the_tokens_of_a_text_are_kept_in_few_bytes(largest, dtype):
+    """A tokenizer's int64 would take four times the memory of uint16, for as long as the run lasts."""
+    tokens = np.array([0, 5, largest, 7] * 25)
+    train, val = split_text("t.txt", tokens, {}, seq_len=4)
+    assert train.tokens.dtype == val.tokens.dtype == dtype and tokens.dtype == np.int64
+    assert [*train.tokens, *val.tokens] == tokens.tolist()
+
+
 def test_a_text_too_short_for_a_window_is_refused():
     """The message has the number of tokens and the number needed."""
     with pytest.raises(UserError, match=r"100 tokens, need at least T\+1 = 11"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,7 +151,7 @@ def test_a_text_ends_before_the_end_of_text_token(monkeypatch):
 
 def test_prompts_at_a_terminal_stream_their_continuations(checkpoint, monkeypatch):
     """Token by token, the same as for -p; an empty line quits."""
-    model = generate.GPT.load(checkpoint).eval()
+    model = generate.GPT.load(checkpoint)
     texts = generate.sample_texts(
         model, tokenizer_from_state(CHARACTERS), "to be", 1, 9, 42, temperature=0.8, top_k=50
     )
@@ -175,6 +177,105 @@ def test_an_incomplete_character_is_held_back(monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0]))
     generate.interact(model, tokenizer, max_new_tokens=9, seed=42)
     assert pieces == ["a", "\U0001f600", "b", "", "a", "\ufffd"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From Python
+
+FOUR_LINES = """
+from generate import complete
+from gpt_model import GPT
+model = GPT.load("log/model_01000.pt")
+print(complete(model, "to be", max_new_tokens=9, temperature=0.8))
+"""
+
+
+def test_four_lines_complete_a_prompt(checkpoint, capsys):
+    """The prompt with its continuation as one text, which is that of the command line with its defaults."""
+    exec(FOUR_LINES.replace("log/model_01000.pt", str(checkpoint)), {})
+    text = capsys.readouterr().out
+    assert text.startswith("to be") and len(text) == len("to be") + 9 + 1
+    assert text == printed(
+        capsys, "-m", checkpoint, "-p", "to be", "--max-new-tokens", 9, "--dtype", "float32"
+    )
+
+
+def test_the_arguments_of_complete_are_used(checkpoint):
+    """Each changes the text, and the defaults are those of the command line."""
+    model = generate.GPT.load(checkpoint)
+    changes = dict(max_new_tokens=90, temperature=3.0, top_k=2, top_p=0.2, seed=1)
+    texts = [generate.complete(model, "ab", **{name: value}) for name, value in changes.items()]
+    default = generate.complete(model, "ab")
+    assert len({default, *texts}) == 1 + len(changes) and len(default) == len("ab") + 100
+    args = vars(generate.parse_arguments([]))
+    parameters = inspect.signature(generate.complete).parameters
+    for name in changes:
+        assert parameters[name].default == args[name], name
+
+
+def test_complete_needs_the_models_tokenizer():
+    """A tokenizer with more ids than the model has is refused, as on the command line."""
+    with pytest.raises(UserError, match="tokenizer has 50257 tokens, the model only 97"):
+        generate.complete(tiny_model(), "a")
+
+
+IMPOSSIBLE = [
+    *(dict(max_new_tokens=value) for value in (0, -5, 2.5)),
+    *(dict(temperature=value) for value in (-0.1, float("nan"), float("inf"))),
+    *(dict(top_k=value) for value in (0, -1)),
+    *(dict(top_p=value) for value in (0.0, -0.5, 1.01, float("nan"))),
+]
+
+
+@pytest.mark.parametrize("arguments", IMPOSSIBLE, ids=str)
+def test_impossible_arguments_of_sampling_are_refused(arguments):
+    """Alike by everything that samples, with name and value, instead of an empty or a random text."""
+    model, tokenizer = tiny_model(vocab_size=len(CHARACTERS["characters"])), tokenizer_from_state(CHARACTERS)
+    model.tokenizer_state = CHARACTERS
+    (name, value), given = *arguments.items(), dict(max_new_tokens=3) | arguments
+    message = f"sampling: {name}={value} is not"
+    for sample in (
+        lambda: generate.complete(model, "a", **given),
+        lambda: generate.sample_texts(model, tokenizer, "a", num_samples=1, seed=1, **given),
+        lambda: model.generate(torch.zeros(1, 1, dtype=torch.long), **given),
+        lambda: next(model.stream(torch.zeros(1, 1, dtype=torch.long), **given)),
+        lambda: generate.parse_arguments([f"--{name.replace('_', '-')}={value}"]),
+    ):
+        with pytest.raises(UserError, match=message if value != 2.5 else "2.5"):  # argparse reads an int
+            sample()
+
+
+@pytest.mark.parametrize("count", [0, -2])
+def test_an_impossible_number_of_samples_is_refused(count):
+    """Together with everything else that is wrong, in one message."""
+    tokenizer = tokenizer_from_state(CHARACTERS)
+    with pytest.raises(UserError) as caught:
+        generate.sample_texts(tiny_model(), tokenizer, "a", count, 5, 1, temperature=-1.0, top_k=0)
+    for problem in (f"num_samples={count} is not", "temperature=-1.0 is not", "top_k=0 is not"):
+        assert problem in str(caught.value)
+
+
+def test_the_bounds_themselves_are_possible():
+    """One token, greedy, of the likeliest one, with a total probability of 1; counts may be numpy's."""
+    model = tiny_model()
+    idx = torch.zeros(1, 1, dtype=torch.long)
+    greedy = model.generate(idx, np.int64(1), temperature=0)
+    assert torch.equal(model.generate(idx, 1, top_k=np.int64(1), top_p=1), greedy)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [generate.complete, generate.sample_texts, generate.interact, generate.GPT.generate, generate.GPT.stream],
+)
+def test_the_arguments_of_sampling_have_names(function):
+    """So that an editor completes them, and a misspelled one is an error where it is given."""
+    parameters = inspect.signature(function).parameters
+    assert {"max_new_tokens", "temperature", "top_k", "top_p"} <= parameters.keys()
+    assert all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in parameters.values())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is refused
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.nn import functional as F
 from gpt_model import GPT, PRETRAINED_CONFIGS, GPTConfig, KeyValueCache, sample_token
 from tests.conftest import tiny_config, tiny_model
 from utils.command_line import UserError
+from utils.tokenizer import CharTokenizer, GPT2Tokenizer
+from utils.weights.checkpoint import model_content, save_pair
 
 
 @pytest.mark.parametrize(("vocab_size", "expected"), [(50257, 124_439_808), (50304, 124_475_904)])
@@ -259,6 +262,25 @@ def test_damaged_weights_are_an_error(tmp_path, name, damage):
     with pytest.raises(UserError, match="cannot load") as caught:
         GPT.from_pretrained(tmp_path)
     assert "weights_only" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_loaded_model_is_in_eval_mode(tmp_path):
+    """From a checkpoint and from a folder, by each of the methods; a new one is in training mode."""
+    model = GPT(tiny_config()).train()
+    path = save_pair(tmp_path, 1, model_content(model, vars(model.config), 1, None, {"name": "gpt2"}), {})
+    loaded = [GPT.load(path), GPT.from_checkpoint(path)]
+    if find_spec("transformers"):
+        save_random_gpt2(tmp_path / "folder")
+        loaded += [GPT.load(tmp_path / "folder"), GPT.from_pretrained(tmp_path / "folder")]
+    assert model.training and not any(module.training for each in loaded for module in each.modules())
+
+
+def test_ids_of_a_tokenizer_are_the_input_of_a_model():
+    """Without a cast."""
+    for tokenizer in (GPT2Tokenizer(), CharTokenizer(" Hdelorw")):
+        ids = torch.from_numpy(tokenizer.encode("Hello world"))
+        logits, loss = tiny_model(vocab_size=50304)(ids[None, :-1], ids[None, 1:])
+        assert logits.shape == (1, len(ids) - 1, 50304) and loss.isfinite()
 
 
 def test_an_unknown_name_lists_the_four_before_transformers_is_imported():

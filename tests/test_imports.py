@@ -81,7 +81,7 @@ def test_training_without_tiktoken_and_matplotlib_uses_characters(text_file, tmp
     )
     process = run("-c", code)
     assert process.returncode == 0, process.stderr
-    assert "warning: tiktoken is not installed" in process.stdout
+    assert "warning: tiktoken is not installed" in process.stderr
     assert "tokenizer char" in process.stdout
     assert "warning: no curves.png: matplotlib is not installed" in process.stdout
     (files,) = [line for line in process.stdout.splitlines() if line.startswith("in ")]

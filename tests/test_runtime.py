@@ -68,6 +68,17 @@ def test_each_process_has_a_gpu_of_its_own(gpus):
         runtime.choose_device("cuda:5", local_rank=1)
 
 
+@pytest.mark.parametrize("text", ["abc", "", "0", "-1", "1.5", "2,x", "9" * 30])
+def test_a_number_of_threads_that_openmp_ignores_is_an_error(text, monkeypatch):
+    """libgomp says so in a line of its own and uses all processors; a list of numbers is valid."""
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    with pytest.raises(UserError, match=f"environment variable OMP_NUM_THREADS='{text}'"):
+        runtime.choose_device("cpu")
+    for valid in ("4", " 2 ", "4,2,1"):
+        monkeypatch.setenv("OMP_NUM_THREADS", valid)
+        assert runtime.choose_device("cpu").value.type == "cpu"
+
+
 def test_cpu_is_the_fallback(monkeypatch):
     """Without CUDA and MPS, with the reason; a device that is missing or unknown is an error."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

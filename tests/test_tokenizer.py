@@ -20,6 +20,7 @@ from utils.tokenizer import (
     CharTokenizer,
     GPT2Tokenizer,
     check_vocab_size,
+    gpt2_encoding,
     load_merges,
     read_merges,
     tokenizer_from_state,
@@ -42,7 +43,7 @@ def test_bpe_round_trip(text):
     """Decoding the ids returns any text unchanged."""
     tokenizer = GPT2Tokenizer()
     ids = tokenizer.encode(text)
-    assert ids.dtype == np.uint16
+    assert ids.dtype == np.int64
     assert tokenizer.decode(ids) == text
 
 
@@ -119,11 +120,13 @@ def test_a_long_text_is_encoded_in_pieces_with_the_ids_of_the_whole(monkeypatch,
         "".join(TEXTS)
         + "a  b\u3000\n c\t\x1c d\x1f \x85 e<|endoftext|> \n<|endoftext|>'s it's \r\n\r\n x " * 20
     )
-    expected = tokenizer_module._encode_piece(text, allow_special)
+    expected = tokenizer_module._encode_piece(gpt2_encoding(), text, allow_special)
     calls = []
     real = tokenizer_module._encode_piece
     monkeypatch.setattr(
-        tokenizer_module, "_encode_piece", lambda piece, allow: calls.append(piece) or real(piece, allow)
+        tokenizer_module,
+        "_encode_piece",
+        lambda encoding, piece, allow: calls.append(piece) or real(encoding, piece, allow),
     )
     for size in (1, 2, 3, 7, 50, 1 << 20):
         monkeypatch.setattr(tokenizer_module, "PIECE_CHARACTERS", size)
@@ -136,7 +139,9 @@ def test_a_long_text_is_encoded_in_pieces_with_the_ids_of_the_whole(monkeypatch,
 def test_the_calls_for_a_long_text_are_short(monkeypatch):
     """Between two of them a signal is handled: none gets more than about a megabyte."""
     sizes = []
-    monkeypatch.setattr(tokenizer_module, "_encode_piece", lambda piece, _: sizes.append(len(piece)) or [])
+    monkeypatch.setattr(
+        tokenizer_module, "_encode_piece", lambda encoding, piece, _: sizes.append(len(piece)) or []
+    )
     GPT2Tokenizer().encode("It was the best of times. " * 200_000)
     assert len(sizes) == 5 and max(sizes) < 1.1e6
 

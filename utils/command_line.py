@@ -79,8 +79,11 @@ def run_script(
             raise ResultLost(error.strerror) from error
 
     with guarded_streams(on_loss), watched_signals(second_interrupt_exits()):
-        handle_interrupt(signal.default_int_handler)  # instead of begin_script's
-        return _run(main, local_rank)
+        earlier = handle_interrupt(signal.default_int_handler)
+        try:
+            return _run(main, local_rank)
+        finally:
+            handle_interrupt(earlier)  # begin_script's: Python's own end must print no traceback either
 
 
 def _run(main: Callable[[], int | None], local_rank: Callable[[], int]) -> int:
@@ -184,6 +187,13 @@ def non_negative_float(text: str) -> float:
     return _checked(float, text)
 
 
+def fraction(text: str) -> float:
+    """A number from 0 up to, but not including, 1."""
+    if (value := non_negative_float(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not below 1")
+    return value
+
+
 def positive_int(text: str) -> int:
     """A whole number above zero; `1_000` is read as 1000."""
     return _checked(int, text, positive=True)
@@ -235,7 +245,7 @@ def shown(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"a tensor {tuple(value.shape)} of {value.dtype}"
     size = f" of {len(value):,}" if hasattr(value, "__len__") else ""
-    return f"a {type(value).__name__}{size}"
+    return f"a {'dict' if isinstance(value, dict) else type(value).__name__}{size}"
 
 
 def format_duration(seconds: float) -> str:

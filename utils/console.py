@@ -25,7 +25,8 @@ lost_streams: dict[str, str] = {}  # name -> why nothing more can be written to 
 def begin_script() -> None:
     """From here on, Ctrl-C ends with exit code 130 and no traceback, also during slow imports.
 
-    `run_script` replaces this by KeyboardInterrupt, which removes unfinished files.
+    `run_script` replaces this by KeyboardInterrupt, which removes unfinished files, as long as `main` runs.
+    A worker of torchrun receives SIGTERM when its launcher has died.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -33,13 +34,35 @@ def begin_script() -> None:
         except OSError:  # closed: without this, the next file that is opened would become standard output
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
     handle_interrupt(lambda *_: os._exit(130))
+    if launched_by_torchrun():
+        threading.Thread(target=terminate_when_orphaned, args=(os.getppid(),), daemon=True).start()
 
 
-def handle_interrupt(handler: Callable[[int, Any], object]) -> None:
-    """Installs a handler of Ctrl-C, unless the signal was ignored when the process started."""
+def launched_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def terminate_when_orphaned(parent: int) -> None:
+    """Sends this process SIGTERM when it has another parent: workers survive a torchrun that is killed.
+
+    They would wait for it, or continue to write. A script started by hand must survive its shell.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def handle_interrupt(handler: Any) -> Any:
+    """Installs a handler of Ctrl-C, unless the signal was ignored when the process started.
+
+    Returns the earlier one.
+    """
     is_main = threading.current_thread() is threading.main_thread()  # only it can handle signals
-    if is_main and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    earlier = signal.getsignal(signal.SIGINT)
+    if is_main and earlier != signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
+    return earlier
 
 
 class GuardedStream:
@@ -135,7 +158,7 @@ def second_interrupt_exits() -> Callable[[int], None]:
         if number == signal.SIGINT:
             received.append(time.monotonic())
             is_second = received[-1] - received[0] > SECOND_SIGINT_SECONDS
-            if is_second and "TORCHELASTIC_RUN_ID" not in os.environ:
+            if is_second and not launched_by_torchrun():
                 os._exit(130)
 
     return on_signal

@@ -1,4 +1,4 @@
-"""Fast sampling on CUDA: a static key/value cache, and one decoding step as a CUDA graph.
+"""Sampling: what its arguments may be, and fast on CUDA: a static key/value cache, one step as a CUDA graph.
 
 A step of GPT-2 124M is about 150 short kernels, and launching them one by one takes far longer than running
 them. A CUDA graph launches them together, but on the same addresses each time: so the token, its position,
@@ -11,12 +11,16 @@ Shapes as in gpt_model.py; S is the number of cached positions that a step reads
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from utils.command_line import UserError
 
 if TYPE_CHECKING:
     from gpt_model import GPT
@@ -32,6 +36,22 @@ BUCKETS = (128, 256, 512, 1024)
 MIN_TOKENS = 64
 
 capture_stream = cache(torch.cuda.Stream)  # one for each device, as cuBLAS keeps a workspace for each stream
+
+
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_samples: int = 1
+) -> None:
+    """Raises one UserError that lists everything wrong with the arguments of `GPT.generate`."""
+    counts = dict(max_new_tokens=max_new_tokens, num_samples=num_samples, top_k=1 if top_k is None else top_k)
+    problems = [f"{name}={value} is not a positive whole number" for name, value in counts.items()
+                if not isinstance(value, Integral) or value <= 0]  # fmt: skip
+    if not 0 <= temperature < math.inf:  # also for NaN
+        problems.append(f"temperature={temperature} is not a finite number of at least 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        problems.append(f"top_p={top_p} is not above 0 and at most 1")
+    if problems:
+        hint = "give counts from 1, a temperature from 0 (greedy decoding), a top_p above 0 and at most 1"
+        raise UserError(f"sampling: {'; '.join(problems)}", hint)
 
 
 def graph_pays(device: torch.device, max_new_tokens: int) -> bool:

@@ -1,4 +1,4 @@
-"""One process or many: the only reader of torchrun's variables; alone, every collective is a no-op.
+"""One process or many: the only reader of torchrun's ranks; alone, every collective is a no-op.
 
 NCCL between GPUs, gloo between CPUs. Flags and small Python values travel over a second group, gloo on the
 CPU, so they cost no device synchronisation.
@@ -29,11 +29,6 @@ def environment_rank() -> int:
 def environment_local_rank() -> int:
     """Rank of this process on its machine, 0 when alone."""
     return environment_int("LOCAL_RANK", 0)
-
-
-def launched_by_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def restart_count() -> int:

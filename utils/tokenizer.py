@@ -1,6 +1,7 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, and single characters for the smallest experiments.
 
-GPT-2's byte-level BPE: Radford et al. 2019, section 2.2. This module is the one home of its numbers.
+GPT-2's byte-level BPE: Radford et al. 2019, section 2.2. This module is the one home of its numbers. A BPE of
+one's own, and other projects' tokenizers, are in utils/tokenizer_json.py.
 """
 
 import hashlib
@@ -34,13 +35,14 @@ PIECE_CHARACTERS = 1 << 20  # per call of tiktoken: a fraction of a second, in w
 class Tokenizer(Protocol):
     """What every tokenizer has."""
 
-    name: str  # "gpt2", "char", or "folder" (files of transformers)
+    name: str  # "gpt2", "char", a kind of utils/tokenizer_json.py, or "folder" (files of transformers)
     vocab_size: int  # ids are 0..vocab_size-1
     padded_vocab_size: int  # vocabulary size of a model trained with it
-    end_of_text: int | None  # id of <|endoftext|>
+    end_of_text: int | None  # id of <|endoftext|>, or of what another project uses for it
+    ranks: dict[bytes, int] | None  # of a BPE with GPT-2's split pattern: the id of each token's bytes
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Ids of a text, 1-D unsigned integers; <|endoftext|> is ordinary text unless `allow_special`."""
+        """Ids of a text, 1-D int64; <|endoftext|> is ordinary text unless `allow_special`."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -63,8 +65,12 @@ class GPT2Tokenizer:
     def __init__(self):
         self.encoding = gpt2_encoding()
 
+    @property
+    def ranks(self) -> dict[bytes, int]:
+        return load_merges()
+
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        return encode_text(text, allow_special)
+        return encode_text(self.encoding, text, allow_special).astype(np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.encoding.decode([int(i) for i in ids])
@@ -82,7 +88,7 @@ class CharTokenizer:
     """One id per character: its index in `characters`."""
 
     name = "char"
-    end_of_text = None
+    end_of_text = ranks = None
 
     def __init__(self, characters: str):
         self.characters = characters
@@ -90,7 +96,7 @@ class CharTokenizer:
         self._id_of = {character: i for i, character in enumerate(characters)}
 
     def encode(self, text: str, allow_special: bool = False) -> np.ndarray:
-        """Ids of a text, 1-D uint16 or uint32; unknown characters are left out, with a warning."""
+        """Ids of a text, 1-D int64; unknown characters are left out, with a warning."""
         unknown = sorted(set(text) - self._id_of.keys())
         if unknown:
             from utils.distributed import environment_rank  # here: tokenizing shards needs no torch
@@ -98,8 +104,7 @@ class CharTokenizer:
             if environment_rank() == 0:
                 some, count = "".join(unknown[:20]), len(unknown)
                 warn(f"{count} characters are not in the vocabulary and left out: {some!r}")
-        dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
-        return np.fromiter((self._id_of[c] for c in text if c in self._id_of), dtype=dtype)
+        return np.fromiter((self._id_of[c] for c in text if c in self._id_of), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return "".join(self.characters[int(i)] for i in ids)
@@ -112,13 +117,31 @@ class CharTokenizer:
 
 
 def tokenizer_from_state(state: dict[str, Any]) -> Tokenizer:
-    """The tokenizer with this `state()`. Raises UserError for a "folder", a tokenizer of transformers."""
+    """The tokenizer with this `state()`. Raises UserError for a "folder", which has no tokenizer.json."""
     if state["name"] == "char":
         return CharTokenizer(state["characters"])
     if state["name"] == "folder":
-        what = "the model's folder holds a tokenizer of its own, not GPT-2's BPE"
+        what = "the model's folder has a tokenizer of its own that cannot be written as a tokenizer.json"
         raise UserError(what, "only eval_hellaswag.py can use such a tokenizer")
+    if "json" in state:
+        from utils.tokenizer_json import JsonTokenizer  # here: it imports this module
+
+        return JsonTokenizer(state)
     return GPT2Tokenizer()
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type of ids: uint16, or uint32 where the vocabulary needs it."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def valid_text(text: str) -> str:
+    """The text with lone surrogates, which JSON can hold and UTF-8 cannot, as U+FFFD: tiktoken's rule."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def check_vocab_size(tokenizer: Tokenizer, model_vocab_size: int) -> None:
@@ -142,24 +165,31 @@ def gpt2_encoding() -> Any:
     """tiktoken's Encoding for GPT-2. Raises UserError if tiktoken or the merges are missing."""
     if not has_tiktoken():
         raise UserError("tiktoken is not installed", "pip install tiktoken, or use --tokenizer char")
+    return make_encoding("gpt2", load_merges(), {END_OF_TEXT: END_OF_TEXT_ID})
+
+
+def make_encoding(name: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> Any:
+    """tiktoken's Encoding for a BPE with GPT-2's split pattern; see `Tokenizer.ranks`."""
     import tiktoken
 
     return tiktoken.Encoding(
-        name="gpt2",
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks=load_merges(),
-        special_tokens={END_OF_TEXT: END_OF_TEXT_ID},
-        explicit_n_vocab=GPT2_VOCAB_SIZE,
+        name=name, pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens
     )
 
 
-def encode_text(text: str, allow_special: bool = False) -> np.ndarray:
-    """Ids of a text by tiktoken, 1-D uint16. Raises UserError for white space that tiktoken cannot split."""
-    pieces = [np.array(_encode_piece(piece, allow_special), dtype=np.uint16) for piece in _pieces(text)]
+def encode_text(encoding: Any, text: str, allow_special: bool = False) -> np.ndarray:
+    """Ids of a text by a tiktoken Encoding of `make_encoding`, 1-D unsigned integers.
+
+    Raises UserError for white space that tiktoken cannot split.
+    """
+    dtype = token_dtype(encoding.n_vocab)
+    pieces = [
+        np.array(_encode_piece(encoding, piece, allow_special), dtype=dtype) for piece in pieces_of(text)
+    ]
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces_of(text: str) -> Iterator[str]:
     """A text in pieces whose ids, one after the other, are those of the whole."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS and (cut := CUT.search(text, start + PIECE_CHARACTERS - 1)):
@@ -168,11 +198,11 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode_piece(text: str, allow_special: bool) -> list[int]:
-    allowed = {END_OF_TEXT} if allow_special else set()
+def _encode_piece(encoding: Any, text: str, allow_special: bool) -> list[int]:
+    allowed = "all" if allow_special else set()
     try:
         # The same ids as encode_ordinary's, which panics with a Rust backtrace where this raises.
-        return gpt2_encoding().encode(text, allowed_special=allowed, disallowed_special=())
+        return encoding.encode(text, allowed_special=allowed, disallowed_special=())
     except BaseException as error:
         # Older versions of tiktoken panic here as well, and Rust's PanicException is not an Exception.
         if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
@@ -212,7 +242,12 @@ def token_strings() -> list[str]:
     return [*byte_alphabet(), *read_merges().replace(" ", "").split("\n")[1:-1]]
 
 
+def bytes_of(tokens: Iterable[str]) -> list[bytes]:
+    """What tokens stand for that are written in `byte_alphabet`."""
+    table = {ord(character): byte for character, byte in byte_alphabet().items()}
+    return [token.translate(table).encode("latin-1") for token in tokens]
+
+
 def load_merges() -> dict[bytes, int]:
     """The merge table as tiktoken takes it: the bytes of each token and its id."""
-    table = {ord(character): byte for character, byte in byte_alphabet().items()}
-    return {token.translate(table).encode("latin-1"): rank for rank, token in enumerate(token_strings())}
+    return {token: rank for rank, token in enumerate(bytes_of(token_strings()))}

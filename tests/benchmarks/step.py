@@ -128,8 +128,9 @@ class FullLogits(nn.Module):
 
 
 def prepare_ours(
-    size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype, *, full_logits: bool = False
-) -> tuple[torch.device, Step]:
+    size: Size, vocab_size: int, device: torch.device, dtype: torch.dtype, *, full_logits: bool = False,
+    recompute: bool = False,
+) -> tuple[torch.device, Step]:  # fmt: skip
     """The training script's own `update`; with `full_logits`, without the chunked loss."""
     from train_gpt import update
 
@@ -137,6 +138,7 @@ def prepare_ours(
         keep_freed_memory()
     set_numerics(seed=1337, deterministic=False)
     model = fresh_model(size, vocab_size, device)
+    model.recompute = recompute
     choose_matmul(model)
     trained_model = FullLogits(model) if full_logits else model
     if device.type == "cuda" and find_triton(device).value:

@@ -91,12 +91,16 @@ def test_another_kind_of_file_is_named(tmp_path, data, kind):
 
 
 def test_the_folder_is_the_flag_else_the_variable_else_that_of_the_repository(tmp_path, monkeypatch):
-    """The flag overrides HELLASWAG_DIR; an empty variable counts as unset."""
+    """The flag overrides HELLASWAG_DIR; an empty variable, which names no folder, is an error."""
     monkeypatch.setenv("HELLASWAG_DIR", str(FIXTURES))
     assert choose_directory(tmp_path) == tmp_path
     assert choose_directory(None) == FIXTURES
-    monkeypatch.setenv("HELLASWAG_DIR", "")
+    monkeypatch.delenv("HELLASWAG_DIR")
     assert choose_directory(None) == ROOT / "hellaswag"
+    monkeypatch.setenv("HELLASWAG_DIR", "")
+    assert choose_directory(tmp_path) == tmp_path
+    with pytest.raises(UserError, match="environment variable HELLASWAG_DIR is empty"):
+        choose_directory(None)
 
 
 def test_an_existing_file_is_used_without_a_download(monkeypatch, capsys):

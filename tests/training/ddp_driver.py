@@ -25,6 +25,7 @@ import gpt_model
 import train_gpt
 from utils import data_loader, distributed
 from utils.command_line import run_script
+from utils.console import begin_script
 from utils.training.state import TrainState
 from utils.weights import checkpoint
 
@@ -82,6 +83,7 @@ def slow_saves(seconds: float) -> None:
 
 
 if __name__ == "__main__":
+    begin_script()
     slow_saves(float(os.environ.get("SLOW_SAVE", 0)))
     train_gpt.update = update_with_fault
     if "WATCH" in os.environ:

@@ -180,7 +180,7 @@ def test_a_character_model_gets_documents_joined_by_blank_lines(tmp_path, kind, 
 def test_a_surrogate_of_json_becomes_a_replacement_character(tmp_path):
     """JSON can hold half of one, UTF-8 cannot: with both tokenizers."""
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "some \\ud800 words"}\n' * 20)
+    path.write_text('{"text": "some \\ud800 words"}\n' * 99)
     for name in ("gpt2", "char"):
         tokens, data = tokens_of_data(path, name)
         assert "some \ufffd words" in data.tokenizer.decode(tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from utils.command_line import UserError
 from utils.distributed import Distributed, join_job
 
 DRIVER = Path(__file__).with_name("ddp_driver.py")
+MUON = ("--optimizer", "muon", "--schedule", "linear")
 SETTINGS = (
     *(*TINY, "--micro-batch", "2", "--total-batch-tokens", "128", "--max-steps", "20", "--warmup-steps", "2"),
     *("--val-every", "5", "--sample-every", "0", "--checkpoint-every", "3"),
@@ -195,10 +197,18 @@ def test_a_signal_to_one_process_stops_all_ranks_after_saving(target, short_text
     assert (tmp_path / "log.txt").read_bytes() == (jobs[2] / "log.txt").read_bytes()
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_killed_job_is_resumed_bitwise(num_ranks, short_text, tmp_path):
+@pytest.mark.parametrize(
+    ("num_ranks", "recipe"),
+    [
+        pytest.param(2, (), marks=pytest.mark.slow),
+        (3, ()),
+        pytest.param(1, MUON, marks=pytest.mark.slow),
+        pytest.param(2, MUON, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_job_is_resumed_bitwise(num_ranks, recipe, short_text, tmp_path):
     """Log, weights and moments; with 3 ranks DDP's rebuilt buckets would change the order of the sums."""
-    flags = ("--total-batch-tokens", "96", "--micro-batch", "1", "--max-steps", "10")
+    flags = ("--total-batch-tokens", "96", "--micro-batch", "1", "--max-steps", "10", *recipe)
     whole = finished(num_ranks, short_text, tmp_path / "whole", *flags)
     process = torchrun(num_ranks, short_text, tmp_path / "killed", *flags, FAULT="kill@5:0")
     finish(process)
@@ -207,6 +217,14 @@ def test_a_killed_job_is_resumed_bitwise(num_ranks, short_text, tmp_path):
     for name in ("model_00010.pt", "optimizer_00010.pt"):
         ours, theirs = tensors_of(tmp_path / "killed" / name), tensors_of(whole / name)
         assert all(torch.equal(ours[place], theirs[place]) for place in theirs)
+        assert any(".muon." in place for place in theirs) is (recipe == MUON and name.startswith("optimizer"))
+
+
+@pytest.mark.slow
+def test_ranks_with_muon_give_the_losses_of_one_process(short_text, tmp_path):
+    """Each rank orthogonalises the same summed gradients: 20 steps of 1 and 2 ranks agree to 1e-4."""
+    one, two = (finished(n, short_text, tmp_path / str(n), *MUON) for n in (1, 2))
+    assert_same_losses(two, one)
 
 
 @pytest.mark.slow
@@ -320,3 +338,40 @@ def test_incomplete_torchrun_variables_are_an_error(variables, monkeypatch):
         with join_job(torch.device("cpu")):
             pass
     assert caught.value.one_rank_only  # other ranks may have all of them
+
+
+JOB = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1234")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("RANK", "abc"), ("RANK", ""), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "-2")),
+        *(("LOCAL_RANK", "99999999999999999999"), ("LOCAL_RANK", "1.5")),
+        *(("MASTER_PORT", "99999"), ("MASTER_PORT", "abc"), ("MASTER_PORT", "0"), ("MASTER_PORT", "")),
+        ("TORCHELASTIC_RESTART_COUNT", "x"),
+    ],
+)
+def test_a_variable_of_torchrun_that_is_no_number_is_named(name, text, monkeypatch):
+    """Before the job is joined, which would wait, fail in torch, or end in a traceback."""
+    for variable, value in {**JOB, name: text}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"environment variable {name}='{text}'"):
+        with join_job(torch.device("cpu")):
+            pass
+
+
+def test_an_empty_address_is_a_missing_one(monkeypatch):
+    """torch would look up the empty name."""
+    for variable, value in {**JOB, "MASTER_ADDR": ""}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match="MASTER_ADDR not set"), join_job(torch.device("cpu")):
+        pass
+
+
+@pytest.mark.parametrize("script", ["train_gpt.py", "generate.py", "eval_hellaswag.py"])
+def test_a_wrong_rank_ends_every_script_in_two_lines(script, tmp_path):
+    """Although it is read before anything else."""
+    process = run(ROOT / script, "--help", LOCAL_RANK="abc")
+    assert process.returncode == 2, process.stderr
+    assert re.fullmatch("error: environment variable LOCAL_RANK='abc' .+\nhint: .+\n", process.stderr)

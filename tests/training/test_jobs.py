@@ -100,9 +100,19 @@ def test_all_ranks_compile_or_none_does(short_text, tmp_path, capsys, monkeypatc
     assert "compile off (auto: on some rank it does not pay or is not possible)" in capsys.readouterr().out
 
 
-def test_running_out_of_memory_is_an_error_that_names_the_flag():
-    """Also outside a step, for example in a dry run."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_an_error_that_names_the_flag(error):
+    """Also outside a step, for example in a dry run, and on a CPU."""
     with pytest.raises(UserError, match="out of memory with --micro-batch 8") as caught:
         with explain_out_of_memory(Namespace(micro_batch=8)):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
     assert "--micro-batch 4 or auto" in caught.value.hint
+    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory(Namespace(micro_batch=8)):
+        raise RuntimeError("another")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 
 import train_gpt
 from tests.conftest import ROOT, run
-from utils.command_line import UserError
+from utils.command_line import UserError, run_script
 from utils.training import flags, plotting, report
 from utils.training.log_directory import LOGS
 from utils.training.plotting import plot_comparison
@@ -228,6 +230,123 @@ def test_the_commands_write_their_files(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Damaged logs
+
+BAD_LOG_LINES = {
+    "another word": b"nonsense",
+    "no step": b"ten val 3.0",
+    "no number": b"10 val x",
+    "NaN": b"10 val nan",
+    "infinite": b"10 val 1e999",
+    "a step of 5000 digits": b"9" * 5000 + b" val 3.0",
+    "a negative step": b"-1 val 3.0",
+    "a huge value": b"10 val 1e300",
+    "an accuracy of 3": b"10 hella 3.0",
+    "binary": b"\x00\xff\xfe 1 2",
+    "a fourth word": b"10 val 3.0 3.0",
+}
+BAD_RECORDS = {
+    "no JSON": b"{'kind': 1}",
+    "a list": b"[1, 2]",
+    "no kind": b'{"step": 1}',
+    "another kind of kind": b'{"kind": 5}',
+    "a text as step": b'{"kind": "val", "step": "1", "loss": 3.0}',
+    "NaN": b'{"kind": "val", "step": 1, "loss": NaN}',
+    "no lr": b'{"kind": "train", "step": 3}',
+    "5000 digits": b'{"kind": "train", "lr": 1, "step": ' + b"9" * 5000 + b"}",
+    "1e999 seconds": b'{"kind": "train", "step": 1, "lr": 1.0, "seconds": 1e999}',
+    "a null": b'{"kind": "hella", "step": 1, "accuracy": null, "examples": 10}',
+    "no examples": b'{"kind": "hella", "step": 1, "accuracy": 0.3, "examples": 0}',
+    "settings that are none": b'{"kind": "run", "step": 0, "settings": [1], "parameters": 5}',
+    "deep": b'{"kind": "val", "x": ' + b"[" * 100_000,
+    "binary": b"\x00\xff\xfe",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("log.txt", line) for line in BAD_LOG_LINES.values()]
+    + [("metrics.jsonl", line) for line in BAD_RECORDS.values()],
+    ids=[f"log {key}" for key in BAD_LOG_LINES] + [f"metrics {key}" for key in BAD_RECORDS],
+)
+def test_a_damaged_line_is_left_out_with_one_warning(name, line, tmp_path, capsys):
+    """Everything else is read as before; file, line and number are named once, also if it is read again."""
+    log_dir = fake_run(tmp_path / "a")
+    curves, records = read_log(log_dir / "log.txt"), read_metrics(log_dir / "metrics.jsonl")
+    lines = (log_dir / name).read_bytes().split(b"\n")
+    (log_dir / name).write_bytes(b"\n".join([*lines[:3], line, line, *lines[3:]]))
+    for _ in range(2):
+        assert (read_log(log_dir / "log.txt"), read_metrics(log_dir / "metrics.jsonl")) == (curves, records)
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: {log_dir / name}:4: ") and warning.count("\n") == 1
+    assert f"; 2 of {len(lines) + 1:,} lines are left out" in warning
+    assert report.main([str(log_dir)]) == 0
+    assert plotting.main([str(log_dir), "--out", str(tmp_path / "x.png")]) == 0
+
+
+@pytest.mark.parametrize("damage", [bytes(1000), b"\xff\xfe0\x00 \x00v\x00", b"{}\n" * 5])
+def test_logs_without_a_valid_line_are_an_error_in_two_lines(damage, tmp_path, capsys):
+    """By both commands: exit code 2, after a warning that says what was left out."""
+    log_dir = fake_run(tmp_path / "a")
+    for name in ("log.txt", "metrics.jsonl", "samples.txt"):
+        (log_dir / name).write_bytes(damage + b"\n")
+    for main, arguments in ((report.main, []), (plotting.main, ["--out", str(tmp_path / "x.png")])):
+        assert run_script(lambda main=main, rest=arguments: main([str(log_dir), *rest])) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+        assert [line.split(":")[0] for line in lines] == ["error", "hint"]
+
+
+def test_a_log_that_cannot_be_read_or_written_is_an_error_in_two_lines(tmp_path):
+    """A folder in place of log.txt, or of report.md."""
+    log_dir = fake_run(tmp_path / "a")
+    (log_dir / "report.md").mkdir()
+    with pytest.raises(UserError, match="cannot write .*report.md: Is a directory"):
+        write_report(log_dir)
+    (log_dir / "log.txt").unlink()
+    (log_dir / "log.txt").mkdir()
+    with pytest.raises(UserError, match="cannot read .*log.txt: Is a directory"):
+        write_report(log_dir)
+
+
+def test_names_that_no_font_has_and_formulas_are_drawn(tmp_path, capsys):
+    """A directory whose name is not UTF-8, and one that matplotlib would read as a formula."""
+    for name in (os.fsdecode(b"caf\xe9"), "$x^$", "a$b"):
+        assert plotting.main([str(fake_run(tmp_path / name)), "--out", str(tmp_path / "x.png")]) == 0
+        text = write_report(tmp_path / name).read_text(encoding="utf-8")
+        assert name.encode("utf-8", "backslashreplace").decode() in text
+
+
+def test_a_run_continues_over_damaged_logs(text_file, tmp_path, capsys):
+    """A run that is resumed draws its curves and writes its report, and ends with exit code 0."""
+    sizes = "--n-layer 1 --n-head 1 --n-embd 8 --seq-len 16 --micro-batch 2 --total-batch-tokens 32"
+    flags = f"--preset char --device cpu {sizes} --val-every 2 --sample-every 0 --checkpoint-every 2".split()
+    flags += ["--data", str(text_file), "--log-dir", str(tmp_path / "log")]
+    assert train_gpt.main([*flags, "--max-steps", "2"]) == 0
+    for name in ("log.txt", "metrics.jsonl"):
+        path = tmp_path / "log" / name
+        data = path.read_bytes()
+        path.write_bytes(b"\xff" * 8 + data[8:])  # of the same size, so that nothing is cut off
+    assert train_gpt.main([*flags, "--max-steps", "4", "--resume"]) == 0
+    warnings = capsys.readouterr().err
+    assert warnings.count("log.txt:1: 'utf-8' codec") == warnings.count("metrics.jsonl:1: 'utf-8'") == 1
+    assert (tmp_path / "log" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("target", ["elsewhere.png", "fifo"])
+def test_a_picture_replaces_no_link(target, tmp_path):
+    """--out may be a link: its target is written, be it a file or a pipe, and the link stays."""
+    log_dir, out = fake_run(tmp_path / "a"), tmp_path / "x.png"
+    out.symlink_to(target)
+    reader = None
+    if target == "fifo":
+        os.mkfifo(tmp_path / target)
+        reader = subprocess.Popen(["cat", tmp_path / target], stdout=subprocess.PIPE)
+    assert plotting.main([str(log_dir), "--out", str(out)]) == 0
+    data = reader.communicate()[0] if reader else (tmp_path / target).read_bytes()
+    assert data.startswith(b"\x89PNG") and out.is_symlink()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Published val losses
 
 GPT2_SETTINGS = vars(train_gpt.read_arguments(["--preset", "gpt2"])[0])
@@ -251,6 +370,7 @@ def test_the_preset_gpt2_has_published_val_losses():
         *({"max_lr": 1e-3}, {"max_steps": 5000}, {"warmup_steps": 0}, {"total_batch_tokens": 65536}),
         *({"weight_decay": 0.0}, {"grad_clip": 0.5}, {"min_lr": 0.0}, {"init_from": "gpt2"}),
         *({"n_layer": 24, "n_head": 16, "n_embd": 1024}, {"seq_len": 512}, {"tokenizer": "char"}),
+        *({"optimizer": "muon"}, {"schedule": "linear"}),
         vars(train_gpt.read_arguments(["--preset", "tiny"])[0]),
     ],
 )

@@ -19,6 +19,7 @@ from tests.small_runs import (
     Killed,
     assert_same_losses,
     assert_same_run,
+    differences,
     kill_in,
     kill_in_update,
     stop_by_signal_in,
@@ -28,6 +29,7 @@ from tests.small_runs import (
 from utils.command_line import UserError
 from utils.distributed import Distributed
 from utils.training.resume import find_checkpoint
+from utils.training.run_log import RunLog
 from utils.training.state import Progress
 from utils.weights import checkpoint
 
@@ -91,6 +93,43 @@ def test_a_checkpoint_of_the_code_before_train_state_is_resumed_bitwise(
         assert_same_run(tmp_path, undisturbed)
 
 
+def flip_a_bit(tensor: torch.Tensor) -> None:
+    """Changes the lowest bit of its first element."""
+    tensor.view(-1).view(torch.uint8)[0] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor_of", "place"),
+    [
+        ("model", lambda content: content["model"]["transformer.ln_f.bias"], "model.transformer.ln_f.bias"),
+        ("optimizer", lambda content: content["optimizer"]["state"][27]["exp_avg_sq"], "27.exp_avg_sq"),
+        ("optimizer", lambda content: content["rng"]["cpu"][0], "rng.cpu.0"),
+    ],
+)
+def test_a_single_bit_is_a_difference_between_runs(name, tensor_of, place, undisturbed, tmp_path):
+    """In any tensor of the two files; the comparison that the tests of resuming rely on."""
+    log_dir = shutil.copytree(undisturbed, tmp_path / "log")
+    assert differences(log_dir, undisturbed, with_rng=True) == []
+    path = log_dir / f"{name}_00020.pt"
+    content = torch.load(path, weights_only=True)
+    flip_a_bit(tensor_of(content))
+    torch.save(content, path)
+    found = differences(log_dir, undisturbed, with_rng=True)
+    assert len(found) == 1 and found[0].endswith(place)
+
+
+@pytest.mark.parametrize("name", ["log.txt", "samples.txt", "metrics.jsonl", "model_00020.pt"])
+def test_a_missing_line_or_file_is_a_difference_between_runs(name, undisturbed, tmp_path):
+    """In each file that is compared."""
+    log_dir = shutil.copytree(undisturbed, tmp_path / "log")
+    lines = (log_dir / name).read_bytes().splitlines(keepends=True)
+    (log_dir / name).write_bytes(b"".join(lines[:-2]))
+    if name.endswith(".pt"):
+        (log_dir / name).unlink()
+    (found,) = differences(log_dir, undisturbed)
+    assert name in found
+
+
 def test_resuming_a_complete_run_changes_nothing(short_text, undisturbed, capsys):
     """At MAX_STEPS a message and exit code 0; every file stays as it was."""
     before = {path: path.read_bytes() for path in undisturbed.glob("[!.]*.*") if path.is_file()}
@@ -98,6 +137,24 @@ def test_resuming_a_complete_run_changes_nothing(short_text, undisturbed, capsys
     model = undisturbed / "model_00020.pt"
     assert f"already complete: step 20 of 20, the model is {model}" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in undisturbed.glob("[!.]*.*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("earlier_report", [None, "of the first 10 steps"])
+def test_a_run_killed_after_its_last_save_gets_its_report(earlier_report, short_text, tmp_path, monkeypatch):
+    """Resuming it trains nothing, but writes the report, also over that of a shorter run."""
+
+    def killed(log: RunLog) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "write_report", killed)
+        with pytest.raises(Killed):
+            train(short_text, tmp_path)
+    report = tmp_path / "report.md"
+    if earlier_report:
+        report.write_text(earlier_report)
+    assert train(short_text, tmp_path, "--resume") == 0
+    assert "| steps | 20 |" in report.read_text(encoding="utf-8")
 
 
 def test_resuming_without_a_checkpoint_is_a_fresh_start(short_text, undisturbed, tmp_path):

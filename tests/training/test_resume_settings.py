@@ -118,9 +118,18 @@ def test_the_lists_name_flags_once():
 
 def test_what_changes_the_course_of_training_is_never_silent():
     """The recipe, the numerics and the amount of validation data warn; the order of the data is refused."""
-    assert set(REFUSED) == {"seq_len", "seed", "shuffle"}
-    recipe = ("max_steps", "warmup_steps", "max_lr", "min_lr", "weight_decay", "grad_clip", "skip_spikes")
-    others = ("micro_batch", "total_batch_tokens", "dtype", "deterministic", "val_tokens")
+    assert set(REFUSED) == {"seq_len", "seed", "shuffle", "optimizer", "recipe"}
+    recipe = ("max_steps", "warmup_steps", "max_lr", "min_lr", "muon_lr", "schedule", "decay_fraction")
+    others = (
+        "weight_decay",
+        "grad_clip",
+        "skip_spikes",
+        "micro_batch",
+        "total_batch_tokens",
+        "dtype",
+        "deterministic",
+        "val_tokens",
+    )
     assert not {*recipe, *others} & {*REFUSED, *BY_CONTENT, *HARMLESS}
     assert {*recipe, *others} <= SETTINGS.keys()
 
@@ -142,6 +151,15 @@ def test_a_checkpoint_without_a_setting_resumes_silently(stopped_run, short_text
     assert train(short_text, stopped_run, "--resume") == 0
     out, err = capsys.readouterr()
     assert "model_00009.pt at step 9" in out and "settings have changed" not in err
+
+
+@pytest.mark.parametrize(("dropout", "what"), [(0.0, "rounding"), (0.1, "rounding and dropout masks")])
+def test_dropout_masks_depend_on_the_environment_as_rounding_does(dropout, what):
+    """Such as the number of ranks; the warning says which results will differ."""
+    saved = {"train_args": {}, "tokenizer": {}, "data": [], "environment": {"world_size": 2}}
+    checkpoint = Checkpoint(Path("model_00001.pt"), {"config": {}}, saved)
+    (warning,) = check_same_run(Identity({}, {"dropout": dropout}, {}, [], {"world_size": 1}), checkpoint)
+    assert warning == f"warning: world size 2 -> 1: continuing, results equal to {what} only"
 
 
 @pytest.mark.parametrize("before", [{"compiled": False, "threads": 2}, {"threads": 2}])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import soak
 from tests.conftest import OFFLINE, ROOT
 from tests.small_runs import RESUMABLE, assert_same_run, stop_by_signal_in, train
 from utils.command_line import UserError
@@ -138,21 +139,8 @@ def test_a_second_run_in_the_same_folder_is_refused(short_text, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_a_run_stopped_at_twenty_random_moments_is_resumed_bitwise(short_text, tmp_path):
-    """By SIGKILL or SIGTERM: logs and weights are those of an uninterrupted run."""
-    flags = "--max-steps 600 --checkpoint-every 4 --val-every 7 --sample-every 9 --seed 5".split()
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = start(short_text, whole, *flags)
-    assert undisturbed.communicate(timeout=300) and undisturbed.returncode == 0
-    rng = random.Random(0)
-    for number in range(20):
-        process = start(short_text, killed, *flags, "--resume")
-        for _ in range(rng.randrange(1, 40)):  # at least one line: the run has started
-            process.stdout.readline()
-        time.sleep(rng.random() * 0.05)
-        assert process.poll() is None, f"complete after {number} kills: the run is too short for this test"
-        process.send_signal(rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
-        process.communicate(timeout=60)
-    last = start(short_text, killed, *flags, "--resume")
-    assert last.communicate(timeout=300) and last.returncode == 0
-    assert_same_run(killed, whole, step=600)
+def test_runs_interrupted_at_random_instants_are_resumed_bitwise(capsys):
+    """By four signals, from the imports to the report. By hand, tests/soak.py runs longer and with ranks."""
+    assert soak.main(["--minutes", "0.5", "--seed", "10"]) == 0
+    summary = re.search(r"(\d+) runs, 0 with problems, (\d+) interruptions", capsys.readouterr().out)
+    assert int(summary[1]) >= 1 and int(summary[2]) >= 2

@@ -91,6 +91,24 @@ def test_a_file_that_was_written_incorrectly_is_not_renamed(path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_checkpoint_is_written_through_a_link_and_to_no_device(path, tmp_path):
+    """A link stays, its target is replaced; a FIFO or device, which could not be read back, is an error."""
+    (tmp_path / "disk").mkdir()
+    path.rename(tmp_path / "disk" / "weights")
+    path.symlink_to("disk/weights")
+    save_atomically({path: {"a": 1}})
+    assert path.is_symlink() and torch.load(tmp_path / "disk" / "weights", weights_only=True) == {"a": 1}
+    os.mkfifo(tmp_path / "fifo.pt")
+    (tmp_path / "null.pt").symlink_to(os.devnull)
+    for name in ("fifo.pt", "null.pt"):
+        with pytest.raises(OSError, match=f"{name} is not a regular file"):
+            save_atomically({tmp_path / name: {"a": 1}})
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(IsADirectoryError):
+        save_atomically({tmp_path / "folder.pt": {"a": 1}})
+    assert not list(tmp_path.rglob("*.tmp-*"))
+
+
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_called_damaged(path, share):
     """Whatever error torch.load would raise for it."""

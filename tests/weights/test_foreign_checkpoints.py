@@ -163,6 +163,66 @@ def test_a_checkpoint_without_all_its_weights_is_refused(tmp_path):
         GPT.from_checkpoint(tmp_path / "ckpt.pt")
 
 
+WRONG = [
+    None,
+    "x",
+    -1,
+    True,
+    10**12,
+    10**5000,
+    float("nan"),
+    [1],
+    {},
+    torch.ones(2),
+    torch.ones(3, 3).to_sparse(),
+]
+
+
+@pytest.mark.parametrize("key", ["model", "model_args", "iter_num", "best_val_loss", "config", "optimizer"])
+def test_no_wrong_value_in_a_foreign_checkpoint_ends_in_a_traceback(key, tmp_path):
+    """Values that matter are refused; of those that do not, wrong ones are ignored."""
+    whole = nanogpt_content(tiny_model(vocab_size=50257, n_layer=1), prefix="")
+    inner = [(), *((name,) for name in list(whole[key])[:6])] if key in ("model", "model_args") else [()]
+    for place in inner:
+        for value in WRONG:
+            content = {**whole, key: {**whole[key], place[0]: value} if place else value}
+            torch.save(content, tmp_path / "ckpt.pt")
+            try:
+                GPT.load(tmp_path / "ckpt.pt")
+            except UserError as error:
+                assert "ckpt.pt" in str(error) and "\n" not in str(error) and error.hint
+            else:
+                is_ignored = key in ("best_val_loss", "config", "optimizer") or place in (
+                    ("bias",),
+                    ("dropout",),
+                )
+                assert is_ignored or (key == "iter_num" and value is WRONG[4])  # a large number of steps
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(n_layer=10**6), "n_layer=1000000 is not a whole number from 1 to 2,048"),
+        (dict(vocab_size=10**12), "vocab_size=1000000000000 is not a whole number from 1 to"),
+        (dict(n_head=3), "n_embd=32 is not a multiple of n_head=3"),
+    ],
+)
+def test_a_foreign_checkpoint_of_impossible_size_is_refused_at_once(sizes, message, tmp_path):
+    """With the numbers, before meta.pkl is asked for a trillion characters."""
+    torch.save(nanogpt_content(tiny_model(vocab_size=50257), **sizes), tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=message):
+        GPT.load(tmp_path / "ckpt.pt")
+
+
+def test_characters_that_are_not_single_are_refused(tmp_path):
+    """A meta.pkl of another data set, whose tokens are words, or twice the same."""
+    torch.save(nanogpt_content(tiny_model(vocab_size=3)), tmp_path / "ckpt.pt")
+    for itos in (["ab", "c", "d"], ["a", "a", "b"]):
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": dict(enumerate(itos))}))
+        with pytest.raises(UserError, match="key tokenizer"):
+            GPT.load(tmp_path / "ckpt.pt")
+
+
 def test_our_own_checkpoints_are_not_converted(tmp_path):
     """Their content is returned unchanged, also with a vocabulary of characters."""
     model = tiny_model()
@@ -171,4 +231,4 @@ def test_our_own_checkpoints_are_not_converted(tmp_path):
     )
     path = save_pair(tmp_path, 7, content, {})
     assert load_model_file(path)["tokenizer"] == {"name": "char", "characters": "ab"}
-    assert load_model_file(path)["config"] == dataclasses.asdict(GPTConfig(**content["config"]))
+    assert GPTConfig(**load_model_file(path)["config"]) == GPTConfig(**content["config"])

@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 
 from utils.command_line import UserError
-from utils.tokenizer import GPT2Tokenizer, Tokenizer, check_vocab_size
+from utils.tokenizer import Tokenizer, check_vocab_size, tokenizer_from_state
 from utils.weights.pretrained import FolderTokenizer
 
 
 def tokenizer_for(source: str | Path, tokenizer_state: dict[str, Any], vocab_size: int) -> Tokenizer:
-    """GPT-2's BPE, or a transformers folder's. Raises UserError for characters or too small a vocabulary."""
+    """The model's tokenizer. Raises UserError for characters or too small a vocabulary."""
     if tokenizer_state["name"] == "char":
         what = f"{source} has a character tokenizer (HellaSwag needs GPT-2's BPE)"
         raise UserError(what, "train a model with --tokenizer gpt2")
-    tokenizer = FolderTokenizer(Path(source)) if tokenizer_state["name"] == "folder" else GPT2Tokenizer()
+    is_folder = tokenizer_state["name"] == "folder"
+    tokenizer = FolderTokenizer(Path(source)) if is_folder else tokenizer_from_state(tokenizer_state)
     check_vocab_size(tokenizer, vocab_size)
     return tokenizer
 

@@ -1,22 +1,34 @@
-"""Documents to GPT-2 tokens, by two backends with the same result.
+"""Documents to tokens, by two backends with the same result.
 
-`encode_one_by_one` is the reference: one call of tiktoken for each document. `encode_in_batches` is about
-twice as fast. Most of tiktoken's time goes into its split pattern, whose one lookahead, `\\s+(?!\\S)`, keeps
-the regular expression engine from running as an automaton. All the lookahead does is to split off the last
-character of a run of white space if a word follows. Here those few places are found with numpy and marked
-with a control character that tiktoken treats as a special token, so that a plain pattern remains. A second
-control character separates documents, so that one call encodes a whole batch and returns an array: no Python
-int is ever created.
+`encode_one_by_one` is the reference: the tokenizer's own method for each document. `encode_in_batches` is
+about twice as fast for a BPE with GPT-2's split pattern, which is GPT-2's or one's own. Most of tiktoken's
+time goes into that pattern, whose one lookahead, `\\s+(?!\\S)`, keeps the regular expression engine from
+running as an automaton. All the lookahead does is to split off the last character of a run of white space if
+a word follows. Here those few places are found with numpy and marked with a control character that tiktoken
+treats as a special token, so that a plain pattern remains. A second control character separates documents, so
+that one call encodes a whole batch and returns an array: no Python int is ever created.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from utils.tokenizer import END_OF_TEXT_ID, GPT2_VOCAB_SIZE, encode_text, load_merges
+from utils.console import warn
+from utils.tokenizer import (
+    GPT2Tokenizer,
+    Tokenizer,
+    has_tiktoken,
+    token_dtype,
+    tokenizer_from_state,
+    valid_text,
+)
+from utils.tokenizer_json import FILE_NAME, read_tokenizer
+
+Backend = Callable[..., np.ndarray]  # documents, and perhaps a tokenizer, to tokens
 
 BATCH_CHARACTERS = 1 << 18  # per call of tiktoken: its working set stays in the processor's cache
 LONG_BATCH_CHARACTERS = 1 << 24  # a longer document is encoded in pieces, which takes less memory
@@ -24,7 +36,6 @@ LONG_BATCH_CHARACTERS = 1 << 24  # a longer document is encoded in pieces, which
 # Control characters that ordinary text does not contain; a batch that does is encoded one by one.
 DOCUMENT_MARK, CUT_MARK = "\x1c", "\x1d"
 MARKS = frozenset((DOCUMENT_MARK, CUT_MARK))
-CUT_ID = GPT2_VOCAB_SIZE  # the first id that is not a token; removed from the result
 
 # GPT-2's pattern without its lookahead (utils/tokenizer.py has the whole one).
 PLAIN_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?(?:\p{L}+|\p{N}+|[^\s\p{L}\p{N}]+)|\s+"
@@ -36,16 +47,55 @@ IS_SPACE = np.zeros(0x3002, dtype=bool)  # by code point; the last entry stands 
 IS_SPACE[list(WHITE_SPACE)] = True
 
 
-def encode_one_by_one(documents: Sequence[str]) -> np.ndarray:
-    """Tokens of all documents in order, an <|endoftext|> before each; 1-D uint16. The reference."""
-    end_of_text = np.array([END_OF_TEXT_ID], dtype=np.uint16)
-    arrays = [array for text in documents for array in (end_of_text, encode_text(text))]
+def encode_one_by_one(documents: Iterable[str], tokenizer: Tokenizer | None = None) -> np.ndarray:
+    """Tokens of all documents in order, the end-of-text token before each; 1-D unsigned integers.
+
+    The reference. The tokenizer, GPT-2's by default, must have an end-of-text token.
+    """
+    tokenizer = tokenizer or _gpt2()
+    dtype = token_dtype(tokenizer.vocab_size)
+    end_of_text = np.array([tokenizer.end_of_text], dtype=dtype)
+    arrays = [array for text in documents for array in (end_of_text, tokenizer.encode(text).astype(dtype))]
     return np.concatenate([end_of_text[:0], *arrays])
 
 
-def encode_in_batches(documents: Sequence[str]) -> np.ndarray:
-    """The same tokens as `encode_one_by_one`, by the fast method."""
-    return np.concatenate([np.zeros(0, dtype=np.uint16), *map(_encode_batch, _batches(documents))])
+def encode_in_batches(documents: Sequence[str], tokenizer: Tokenizer | None = None) -> np.ndarray:
+    """The same tokens as `encode_one_by_one`, by the fast method where there is one."""
+    tokenizer = tokenizer or _gpt2()
+    if tokenizer.ranks is None or not has_tiktoken():
+        return encode_one_by_one(documents, tokenizer)
+    arrays = [_encode_batch(batch, tokenizer) for batch in _batches(documents)]
+    return np.concatenate([np.zeros(0, dtype=token_dtype(tokenizer.vocab_size)), *arrays])
+
+
+def choose_method(sample: list[str], tokenizer: Tokenizer) -> tuple[Backend, str]:
+    """The fast method if it gives the tokenizer's own tokens for a sample, and a line about it."""
+    if tokenizer.ranks is None:
+        return encode_one_by_one, f"document by document, by {FILE_NAME} and the tokenizers library"
+    method, name = encode_in_batches, "in batches"
+    if not np.array_equal(encode_in_batches(sample, tokenizer), encode_one_by_one(sample, tokenizer)):
+        warn("batches differ from tiktoken's own tokens on this input")
+        method, name = encode_one_by_one, "document by document"
+    return method, f"{name}: compared with tiktoken on the first {len(sample)} documents"
+
+
+def backend_of(method: Backend, tokenizer: Tokenizer, folder: Path) -> Backend:
+    """`method` with the tokenizer of a folder, as a function of documents that can be sent to a process."""
+    return method if tokenizer.name == "gpt2" else partial(_encode_with, folder, method)
+
+
+def _encode_with(folder: Path, method: Backend, documents: Sequence[str]) -> np.ndarray:
+    return method(documents, _tokenizer_in(folder))
+
+
+@cache
+def _gpt2() -> Tokenizer:
+    return GPT2Tokenizer()
+
+
+@cache
+def _tokenizer_in(folder: Path) -> Tokenizer:
+    return tokenizer_from_state(read_tokenizer(folder))
 
 
 def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
@@ -61,19 +111,19 @@ def _batches(documents: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _encode_batch(documents: list[str]) -> np.ndarray:
+def _encode_batch(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
     text = DOCUMENT_MARK + DOCUMENT_MARK.join(documents)
     if len(text) > LONG_BATCH_CHARACTERS:
-        return encode_one_by_one(documents)
+        return encode_one_by_one(documents, tokenizer)
     if text.count(DOCUMENT_MARK) != len(documents) or CUT_MARK in text:
-        return encode_one_by_one(documents)
+        return encode_one_by_one(documents, tokenizer)
     try:
         marked = mark_cuts(text)
     except UnicodeEncodeError:
-        # Lone surrogates (JSON can hold them, UTF-8 cannot) become U+FFFD, as in tiktoken.
-        marked = mark_cuts(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    ids = _plain_encoding().encode_to_numpy(marked, allowed_special=MARKS, disallowed_special=())
-    return ids[ids != CUT_ID].astype(np.uint16)
+        marked = mark_cuts(valid_text(text))
+    encoding, cut_id = _plain_encoding(tokenizer), tokenizer.vocab_size
+    ids = encoding.encode_to_numpy(marked, allowed_special=MARKS, disallowed_special=())
+    return ids[ids != cut_id].astype(token_dtype(tokenizer.vocab_size))
 
 
 def mark_cuts(text: str) -> str:
@@ -91,13 +141,13 @@ def mark_cuts(text: str) -> str:
 
 
 @cache
-def _plain_encoding() -> Any:
+def _plain_encoding(tokenizer: Tokenizer) -> Any:
     """tiktoken's Encoding with the plain pattern, for text prepared by `mark_cuts`."""
     import tiktoken
 
     return tiktoken.Encoding(
-        name="gpt2_plain_pattern",
+        name="plain_pattern",
         pat_str=PLAIN_PATTERN,
-        mergeable_ranks=load_merges(),
-        special_tokens={DOCUMENT_MARK: END_OF_TEXT_ID, CUT_MARK: CUT_ID},
+        mergeable_ranks=tokenizer.ranks,
+        special_tokens={DOCUMENT_MARK: tokenizer.end_of_text, CUT_MARK: tokenizer.vocab_size},
     )

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,19 +114,23 @@ def find_invalid_token(tokens: np.ndarray, vocab_size: int, start: int) -> str |
 
 
 def write_shard(path: Path, arrays: Iterable[np.ndarray], num_tokens: int) -> str:
-    """Writes uint16 tokens, `num_tokens` in all, as the file that numpy.save would write.
+    """Writes uint16 or uint32 tokens, `num_tokens` in all, as the file that numpy.save would write.
 
     The file appears at `path` when it is complete, replacing an earlier one. Returns its SHA-256, in
     hexadecimal. Raises Unfinished if the disk is full or similar; an earlier file is then untouched.
     """
     header = io.BytesIO()
-    fields = {"descr": DTYPES[0].str, "fortran_order": False, "shape": (num_tokens,)}
+    arrays = iter(arrays)
+    first = next(arrays)
+    dtype = first.dtype.newbyteorder("<")
+    assert dtype in DTYPES
+    fields = {"descr": dtype.str, "fortran_order": False, "shape": (num_tokens,)}
     np.lib.format.write_array_header_1_0(header, fields)
     digest = hashlib.sha256(header.getvalue())
-    with write_errors(path, 2 * num_tokens), whole_file(path, "wb", durable=True) as file:
+    with write_errors(path, dtype.itemsize * num_tokens), whole_file(path, "wb", durable=True) as file:
         file.write(header.getvalue())
-        for array in arrays:
-            data = np.ascontiguousarray(array, dtype=DTYPES[0]).data
+        for array in chain([first], arrays):
+            data = np.ascontiguousarray(array, dtype=dtype).data
             file.write(data)
             digest.update(data)
     return digest.hexdigest()

@@ -34,18 +34,19 @@ COUNT, POSITIVE = range(1 << 63), range(1, 1 << 63)
 SHA256, COMMIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9A-Za-z]{1,64}")
 LOCAL_FILES = {"kind": "files", "files": [(str, COUNT, SHA256)]}
 HUB_FILES = {"kind": "hub", "dataset": str, "subset": str, "revision": COMMIT, "files": [(SAFE_NAME, COUNT)]}
+SETTINGS = {
+    "tokenizer": str,
+    "shard_tokens": POSITIVE,
+    "val_tokens": Either(POSITIVE, None),
+    "text_field": Either(str, None),
+    "bad_rows": Either("stop", "skip"),
+    "source": Either(LOCAL_FILES, HUB_FILES),
+}
 SCHEMA = {
     "format": FORMAT,
     "version": VERSION,
-    "settings": {
-        "tokenizer": str,
-        "merges_sha256": SHA256,
-        "shard_tokens": POSITIVE,
-        "val_tokens": Either(POSITIVE, None),
-        "text_field": Either(str, None),
-        "bad_rows": Either("stop", "skip"),
-        "source": Either(LOCAL_FILES, HUB_FILES),
-    },
+    # Of GPT-2's tokenizer, or of the tokenizer.json in the folder.
+    "settings": Either({**SETTINGS, "merges_sha256": SHA256}, {**SETTINGS, "tokenizer_sha256": SHA256}),
     "inputs": Either([{"path": str, "bytes": COUNT, "sha256": SHA256}], None),
     "complete": bool,
     "tokens": COUNT,

@@ -12,9 +12,10 @@ import signal
 import threading
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,19 +23,17 @@ import numpy as np
 
 from utils.command_line import Unfinished, UserError
 from utils.shards.documents import DocumentSource, Part, Position, parts_from, read_rows
-from utils.shards.encoder import encode_in_batches
+from utils.shards.encoder import Backend, encode_in_batches
 from utils.tokenizer import END_OF_TEXT_ID
 
 PARTS_PER_WORKER = 3  # submitted or finished ahead: no worker is idle, and memory stays bounded
-
-Backend = Callable[[Sequence[str]], np.ndarray]  # a function of utils/shards/encoder.py
 
 # Lets a UserError travel from a worker to the parent: by default, unpickling it fails for lack of the hint.
 copyreg.pickle(UserError, lambda error: (UserError, (str(error), error.hint)))
 
 
 class Block(NamedTuple):
-    """The tokens of one part, 1-D uint16: from position `start` of file number `file` up to `stop`.
+    """The tokens of one part, 1-D: from position `start` of file number `file` up to `stop`.
 
     `bad_rows` says for each row without text how many of the tokens come before it.
     """
@@ -62,16 +61,16 @@ def tokenize_part(part: Part, text_field: str, backend: Backend, bad_rows: str =
         tokens = tokens[1:]  # <|endoftext|> stands only at the start of a document
     places: tuple[int, ...] = ()
     if len(texts) < len(rows):
-        starts = [*np.flatnonzero(tokens == END_OF_TEXT_ID).tolist(), len(tokens)]
+        starts = [*np.flatnonzero(tokens == tokens[:1]).tolist(), len(tokens)]  # the first one is a start
         before = np.cumsum([text is not None for text in rows])  # texts up to each row
         places = tuple(starts[before[i]] for i, text in enumerate(rows) if text is None)
     return Block(part.file, part.start, part.stop, tokens, places)
 
 
-def _start_worker() -> None:
+def _start_worker(backend: Backend) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    encode_in_batches([""])  # loads what every part needs
+    backend([""])  # loads what every part needs
 
 
 def _exit_with_parent() -> None:
@@ -83,17 +82,19 @@ def _exit_with_parent() -> None:
 class TokenizerPool:
     """Worker processes; they start, in the background, when the `with` block begins.
 
-    With `num_workers` 1 the calling process does the work itself.
+    With `num_workers` 1 the calling process does the work itself. `backend` is called once in each process
+    when it starts.
     """
 
-    def __init__(self, num_workers: int):
-        self.num_workers = num_workers
+    def __init__(self, num_workers: int, backend: Backend = encode_in_batches):
+        self.num_workers, self._backend = num_workers, backend
         self._executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "TokenizerPool":
         if self.num_workers > 1:
             spawn = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(self.num_workers, spawn, initializer=_start_worker)
+            start = partial(_start_worker, self._backend)
+            self._executor = ProcessPoolExecutor(self.num_workers, spawn, initializer=start)
             for _ in range(self.num_workers):
                 self._executor.submit(num_cores)  # any call: a process starts when there is work for it
         return self
@@ -136,7 +137,7 @@ class TokenQueue:
 
     `blocks` start with the part at `position`, that of the first token, before which `documents` documents
     start and `skipped_rows` bad rows are left out. `on_tokens` is called with their number whenever some
-    arrive. `num_tokens` are in the queue.
+    arrive. `num_tokens` are in the queue. A document starts with the token `end_of_text`.
     """
 
     def __init__(
@@ -145,12 +146,13 @@ class TokenQueue:
         position: Position,
         documents: int = 0,
         on_tokens: Callable[[int], object] = lambda count: None,
+        end_of_text: int = END_OF_TEXT_ID,
         skipped_rows: int = 0,
     ):
         self.position, self.documents, self.skipped_rows = position, documents, skipped_rows
         self.num_tokens = 0
         self.trailing_rows = 0  # bad ones in the blocks without tokens after the last one with some
-        self._source, self._on_tokens = blocks, on_tokens
+        self._source, self._on_tokens, self._end_of_text = blocks, on_tokens, end_of_text
         self._to_skip = position.skip
         self._blocks: deque[Block] = deque()
         self._used = 0  # tokens of the first block that are no longer in the queue
@@ -177,7 +179,7 @@ class TokenQueue:
         """Indices in the queue at which documents start, 1-D integers."""
         starts, index = [np.zeros(0, dtype=np.int64)], -self._used
         for block in self._blocks:
-            starts.append(index + np.flatnonzero(block.tokens == END_OF_TEXT_ID))
+            starts.append(index + np.flatnonzero(block.tokens == self._end_of_text))
             index += len(block.tokens)
         found = np.concatenate(starts)
         return found[found >= 0]
@@ -191,7 +193,7 @@ class TokenQueue:
             block = self._blocks[0]
             pieces.append(block.tokens[self._used : self._used + count])
             count -= len(pieces[-1])
-            self.documents += int(np.count_nonzero(pieces[-1] == END_OF_TEXT_ID))
+            self.documents += int(np.count_nonzero(pieces[-1] == self._end_of_text))
             self._used += len(pieces[-1])
             self.position = Position(block.file, block.start, self._used)
             passed = bisect_left(block.bad_rows, self._used)

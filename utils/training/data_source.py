@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import re
 from collections.abc import Iterable
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +24,6 @@ from utils.shards.documents import (
     read_documents,
     split_at_separators,
 )
-from utils.shards.encoder import encode_one_by_one
 from utils.shards.format import find_shards
 from utils.shards.local_files import LocalFiles, describe_left_out, find_files
 from utils.shards.stream import ShardStream
@@ -33,11 +31,14 @@ from utils.shards.token_files import holds_tokens, refuse_characters
 from utils.text_files import decode_text, free_name, quoted, read_text
 from utils.tokenizer import (
     END_OF_TEXT,
-    END_OF_TEXT_ID,
-    CharTokenizer,
     Tokenizer,
-    has_tiktoken,
-    tokenizer_from_state,
+    valid_text,
+)
+from utils.training.tokenizing import (
+    available_tokenizer,
+    encode_texts,
+    has_end_of_text,
+    tokenizer_of_shards,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,15 +101,6 @@ def fetch(requested: str | None, dist: Distributed) -> Source:
     return Source("pydoc", None, source.reason + ", no network: the documentation inside Python")
 
 
-def available_tokenizer(requested: str, dist: Distributed) -> str:
-    """The requested kind, "gpt2" or "char"; "char" with a warning where tiktoken is not installed."""
-    if requested == "gpt2" and not has_tiktoken():
-        if dist.is_master:
-            warn("tiktoken is not installed, training on characters instead (pip install tiktoken)")
-        return "char"
-    return requested
-
-
 class Data(NamedTuple):
     """Opened data: a tokenizer, both splits in its tokens, and the reason for this data."""
 
@@ -118,26 +110,26 @@ class Data(NamedTuple):
     reason: str
 
 
-def open_data(source: Source, tokenizer_state: dict[str, Any], seq_len: int, dist: Distributed) -> Data:
+def open_data(
+    source: Source, tokenizer_state: dict[str, Any] | None, seq_len: int, dist: Distributed
+) -> Data:
     """Opens the data that `fetch` returned; each split must hold at least one window of seq_len + 1 tokens.
 
-    `tokenizer_state` is that of a loaded model, {"name": "gpt2"}, or {"name": "char"} for the characters of
-    the text. Raises UserError for missing, empty, damaged or too short data, or if ranks see different data.
+    `tokenizer_state` is that of a loaded model, or what `requested_tokenizer` returns; None is the tokenizer
+    of the shards, and GPT-2's for a text. Raises UserError for missing, empty, damaged or too short data, or
+    if ranks see different data.
     """
     if source.kind == "shards":
         refuse_characters(source.path)
-        if tokenizer_state["name"] == "char":
-            other = "a model trained on them" if "characters" in tokenizer_state else "use --tokenizer gpt2"
-            what = f"{source.path} holds GPT-2 tokens, not characters"
-            raise UserError(what, f"give --data a text file, or {other}")
-        tokenizer = tokenizer_from_state(tokenizer_state)
+        tokenizer = tokenizer_of_shards(source.path, tokenizer_state, dist)
         vocab_size = tokenizer.vocab_size
         train, val = (ShardStream(source.path, split, vocab_size, seq_len) for split in ("train", "val"))
         reason = source.reason
     else:
-        tokenizer, tokens, fingerprint = tokenize(source, tokenizer_state, dist)
+        state = tokenizer_state or {"name": available_tokenizer("gpt2", dist)}
+        tokenizer, tokens, border, fingerprint = tokenize(source, state, dist)
         name = str(source.path or f"pydoc_data.topics of Python {platform.python_version()}")
-        train, val = split_text(name, tokens, fingerprint, seq_len)
+        train, val = split_text(name, tokens, fingerprint, seq_len, border)
         count = fingerprint.get("documents")
         reason = source.reason if count is None else f"{source.reason}, {count:,} documents"
     fingerprints = [train.fingerprint(), val.fingerprint()]
@@ -149,31 +141,31 @@ def open_data(source: Source, tokenizer_state: dict[str, Any], seq_len: int, dis
 
 def tokenize(
     source: Source, tokenizer_state: dict[str, Any], dist: Distributed
-) -> tuple[Tokenizer, np.ndarray, dict[str, Any]]:
-    """The tokenizer, the tokens of a text or of records, 1-D, and what identifies them, as plain values.
+) -> tuple[Tokenizer, np.ndarray, int | None, dict[str, Any]]:
+    """Of a text or of records: the tokenizer; the tokens, 1-D; how many of them are train, None for 90 %; and
+    what identifies them, as plain values.
 
     Documents (records, those of a folder, or of a text with lines that read <|endoftext|>) become the tokens
     that the shard builder makes of them; a text without such a line is tokenized as it is. Raises UserError
     for unusable files.
     """
     text, documents = read_source(source, dist)
-    if documents is not None and tokenizer_state["name"] == "char":
+    if documents is not None and not has_end_of_text(tokenizer_state):
         if dist.is_master:
-            warn(f"{source.path}: documents are joined by blank lines: characters have no {END_OF_TEXT}")
+            have = "characters have" if tokenizer_state["name"] == "char" else "the tokenizer has"
+            warn(f"{source.path}: documents are joined by blank lines: {have} no {END_OF_TEXT}")
         text = "\n\n".join(text.strip("\r\n") for text in chain.from_iterable(documents))
-        # Lone surrogates, which JSON can hold, become U+FFFD, as in tiktoken.
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-        documents = None
-    if tokenizer_state["name"] == "char" and "characters" not in tokenizer_state:
-        tokenizer = CharTokenizer("".join(sorted(set(text))))
-    else:
-        tokenizer = tokenizer_from_state(tokenizer_state)
+        text, documents = valid_text(text), None
+    texts = [text] if documents is None else chain.from_iterable(documents)
+    tokenizer, tokens, border = encode_texts(
+        texts, tokenizer_state, dist, are_documents=documents is not None
+    )
     if documents is None:
-        tokens, data = tokenizer.encode(text), text.encode()
-        return tokenizer, tokens, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    tokens = np.concatenate([encode_one_by_one(()), *map(encode_one_by_one, documents)])
-    count = int(np.count_nonzero(tokens == END_OF_TEXT_ID))
-    return tokenizer, tokens, {"documents": count, "sha256": hashlib.sha256(tokens.data).hexdigest()}
+        data = text.encode()
+        return tokenizer, tokens, border, {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    count = int(np.count_nonzero(tokens == tokenizer.end_of_text))
+    sha256 = hashlib.sha256(tokens.data).hexdigest()
+    return tokenizer, tokens, border, {"documents": count, "sha256": sha256}
 
 
 def read_source(source: Source, dist: Distributed) -> tuple[str, Iterable[list[str]] | None]:

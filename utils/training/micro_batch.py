@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,16 @@ def forward_backward(
     scaled = loss / micro_steps
     (scaled if scaler is None else scaler.scale(scaled)).backward()
     return loss.detach()
+
+
+def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seeds the generators of all devices, and so the dropout masks of the next forward pass.
+
+    The masks are a function of these four numbers alone, so a resumed run repeats them without a saved state.
+    Each number is below 2**32: SeedSequence hashes them, and its algorithm never changes between versions.
+    """
+    sequence = np.random.SeedSequence((seed, step, micro_step, rank))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
 def warm_up(model: nn.Module, B: int, T: int, dtype: torch.dtype, device: torch.device) -> float:

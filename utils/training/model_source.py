@@ -10,14 +10,14 @@ from utils.command_line import UserError, format_bytes
 from utils.distributed import Distributed
 from utils.runtime import memory_bytes
 from utils.tokenizer import Tokenizer, check_vocab_size
-from utils.training.data_source import Data, available_tokenizer, fetch, open_data
+from utils.training.data_source import Data, fetch, open_data
 from utils.training.flags import flag_of
+from utils.training.optimizers import state_bytes
+from utils.training.tokenizing import fits_request, requested_tokenizer
 from utils.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from gpt_model import GPT, GPTConfig
-
-STATE_BYTES = 16  # per parameter, all float32: parameter, gradient, both moments of AdamW
 
 
 class ModelFactory(NamedTuple):
@@ -42,8 +42,10 @@ def load_model(
         model, source = factory.load(args.init_from), args.init_from
     else:
         return None
-    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
-    check_typed(args, dict(sizes, tokenizer=model.tokenizer_state["name"]), source)
+    found = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    if args.tokenizer and not fits_request(args.tokenizer, model.tokenizer_state):
+        found["tokenizer"] = model.tokenizer_state["name"]
+    check_typed(args, found, source)
     return model.to(dist.device)
 
 
@@ -53,15 +55,17 @@ def load_model_and_data(
     """Loads or initialises the model, and opens the data with its tokenizer; UserError if they do not fit."""
     model = load_model(factory, args, dist, checkpoint)
     args.seq_len = args.seq_len or model.config.block_size
-    tokenizer = model.tokenizer_state if model else {"name": available_tokenizer(args.tokenizer, dist)}
+    tokenizer = model.tokenizer_state if model else requested_tokenizer(args.tokenizer, checkpoint, dist)
     shortest = 0 if args.eval_part else args.seq_len  # a part may be shorter than a window
     data = open_data(fetch(args.data, dist), tokenizer, shortest, dist)
+    args.tokenizer = args.tokenizer or data.tokenizer.name
     sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.seq_len)
     sizes.update(vocab_size=data.tokenizer.padded_vocab_size)
     # Too large a model is an error before anything is allocated; a dry run reports it.
     outline = outline_if_too_large(lambda: factory.new(**vars(model.config) if model else sizes), args, dist)
     model = outline or model or factory.new(**sizes).to(dist.device)
     check_model_reads(model.config, args.seq_len, data.tokenizer)
+    model.config.dropout = args.dropout  # also of loaded weights, whatever they were trained with
     return model, data
 
 
@@ -95,7 +99,7 @@ def outline_if_too_large(build: Callable[[], "GPT"], args: Namespace, dist: Dist
         outline = build()
     needed, memory = least_bytes(outline, args), memory_bytes(dist.device)
     too_large = memory is not None and needed > memory
-    if not dist.max_number(too_large):  # on all ranks alike
+    if not dist.max_number(int(too_large)):  # on all ranks alike
         return None
     if not args.dry_run:
         has = f"{dist.device} has {format_bytes(memory)}" if too_large else "another rank has less"
@@ -110,4 +114,5 @@ def least_bytes(model: "GPT", args: Namespace) -> int:
     tokens = args.seq_len * (1 if args.micro_batch == "auto" else args.micro_batch)
     if args.eval_only:
         return 4 * model.num_parameters() + 8 * tokens
-    return STATE_BYTES * model.num_parameters() + 4 * tokens * model.config.n_layer * model.config.n_embd
+    activations = tokens * model.config.n_layer * model.config.n_embd
+    return state_bytes(model, args.optimizer) + 4 * activations

@@ -30,7 +30,7 @@ def plot_comparison(log_dirs: Sequence[Path], path: Path) -> Path:
     """
     figure, logs = new_figure(), {}
     for log_dir in log_dirs:
-        curves = read_log(log_dir / "log.txt") if (log_dir / "log.txt").is_file() else {}
+        curves = read_log(log_dir / "log.txt")
         if not curves:
             raise UserError(f"{log_dir} holds no log.txt of a run", "give log directories of train_gpt.py")
         logs[log_dir] = curves
@@ -48,7 +48,7 @@ def plot_comparison(log_dirs: Sequence[Path], path: Path) -> Path:
     try:
         return save_picture(figure, path)
     except OSError as error:
-        what = f"cannot write {path}: {error.strerror}"
+        what = f"cannot write {path}: {error.strerror or error}"
         raise UserError(what, "give --out a file you can write") from error
 
 
@@ -106,7 +106,8 @@ def _draw_hellaswag(axis: "Axes", logs: dict[Path, dict]) -> None:
 def _short(log_dir: Path) -> str:
     """A directory's name for a legend: of a long one the end, which is where names differ."""
     name = str(log_dir)
-    return name if len(name) <= LONGEST_LABEL else "..." + name[3 - LONGEST_LABEL :]
+    name = name if len(name) <= LONGEST_LABEL else "..." + name[3 - LONGEST_LABEL :]
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")  # no font has surrogates; no formulas
 
 
 def main(argv: list[str] | None = None) -> int:

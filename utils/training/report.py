@@ -7,16 +7,35 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.command_line import ArgumentParser, UserError, format_duration, perplexity, run_script
+from utils.console import warn
 from utils.files import whole_file
 from utils.hellaswag.results import PUBLISHED_GPT2, standard_error
+from utils.weights.schema import (
+    Rule,
+    Schema,
+    count,
+    duration,
+    find_problem,
+    is_int,
+    is_number,
+    number,
+    number_or_none,
+    optional,
+    plain_dict,
+    positive,
+    text,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 # acc_norm, completion style, of the models that a 124M run is compared with.
 HELLASWAG_REFERENCES = {
@@ -29,26 +48,86 @@ PUBLISHED_RECIPE = dict(
     n_layer=12, n_head=12, n_embd=768, seq_len=1024, total_batch_tokens=524288, max_steps=19073,
     warmup_steps=715, max_lr=6e-4, min_lr=6e-5, weight_decay=0.1, grad_clip=1.0,
 )  # fmt: skip
+PUBLISHED_KINDS = dict(tokenizer="gpt2", init_from=None, optimizer="adamw", schedule="cosine")
+
+
+share = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+# What the records of metrics.jsonl must hold to be used, by their kind.
+RECORDS: dict[str, Schema] = {
+    "run": {
+        "settings": plain_dict,
+        "parameters": count,
+        "step": optional(count),
+        "environment": optional(plain_dict),
+        "reasons": optional(plain_dict),
+    },
+    "train": {
+        "step": count,
+        "lr": number,
+        "muon_lr": optional(number),
+        "seconds": optional(duration),
+        "mfu": optional(number_or_none),
+        "memory": optional(number_or_none),
+    },
+    "val": {"step": count, "loss": number, "tokens": optional(count), "seconds": optional(duration)},
+    "hella": {"step": count, "accuracy": share, "examples": positive},
+}
+_warned: set[tuple[Path, int]] = set()  # (file, first line left out): a run reads its logs again and again
 
 
 def read_log(path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Reads log.txt as {kind: (steps, values)}, without an incomplete last line."""
+    """Reads log.txt as {kind: (steps, values)}, without an incomplete last line; see `_parsed_lines`."""
+
+    def parse(line: str) -> tuple[int, str, float]:
+        step, kind, value = line.split()
+        parsed = int(step), kind, float(value)
+        if not (is_int(parsed[0]) and is_number(parsed[2]) and (kind != "hella" or share.holds(parsed[2]))):
+            raise ValueError("not a step and a finite number")
+        return parsed
+
     curves: dict[str, tuple[list[int], list[float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        words = line.split()
-        if len(words) == 3 and line.endswith("\n"):
-            steps, values = curves.setdefault(words[1], ([], []))
-            steps.append(int(words[0]))
-            values.append(float(words[2]))
+    for step, kind, value in _parsed_lines(path, parse):
+        steps, values = curves.setdefault(kind, ([], []))
+        steps.append(step)
+        values.append(value)
     return curves
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the records of metrics.jsonl, none if it is missing, without an incomplete last line."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Reads the records of metrics.jsonl, without an incomplete last line; see `_parsed_lines`."""
+
+    def parse(line: str) -> dict[str, Any]:
+        record = json.loads(line)
+        if problem := find_problem(record, {"kind": text}) or find_problem(
+            record, RECORDS.get(record["kind"], {})
+        ):
+            raise ValueError(problem)
+        return record
+
+    return list(_parsed_lines(path, parse))
+
+
+def _parsed_lines(path: Path, parse: Callable[[str], T]) -> Iterator[T]:
+    """Parses the complete lines of a file, none if it is missing. Raises UserError if it cannot be read.
+
+    What people or a full disk have damaged is left out, with one warning: a log is no reason to stop.
+    """
+    if not path.exists():
+        return
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", "give the log directory of a run") from error
+    bad: list[tuple[int, str]] = []
+    for line_number, line in enumerate(lines, 1):
+        try:
+            if line.strip():
+                yield parse(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, not such a record
+            bad.append((line_number, str(error).split("\n")[0][:100]))
+    if bad and (path, bad[0][0]) not in _warned:
+        _warned.add((path, bad[0][0]))
+        warn(f"{path}:{bad[0][0]}: {bad[0][1]}; {len(bad):,} of {len(lines):,} lines are left out")
 
 
 def published_val_losses(records: list[dict[str, Any]]) -> dict[int, float]:
@@ -57,18 +136,19 @@ def published_val_losses(records: list[dict[str, Any]]) -> dict[int, float]:
     They belong to FineWeb-Edu: on other shards they are a reference, not an expectation.
     """
     settings = next((record["settings"] for record in records if record["kind"] == "run"), {})
+    found = {name: settings.get(name) for name in PUBLISHED_RECIPE}
     # isclose: the default of min_lr is max_lr / 10, which is not 6e-5 to the last bit.
-    same = all(math.isclose(settings.get(name, 0), value) for name, value in PUBLISHED_RECIPE.items())
-    same = same and settings.get("tokenizer") == "gpt2" and settings.get("init_from") is None
+    same = all(is_number(found[name]) and math.isclose(found[name], PUBLISHED_RECIPE[name]) for name in found)
+    same = same and all(settings.get(name, value) == value for name, value in PUBLISHED_KINDS.items())
     return PUBLISHED_VAL_LOSSES if same else {}
 
 
 def smoothed(values: list[float], memory: float = 0.95) -> list[float]:
     """Exponential moving average without the bias towards the start (Kingma & Ba 2015, section 3)."""
     average, result = 0.0, []
-    for count, value in enumerate(values, 1):
+    for n, value in enumerate(values, 1):
         average = memory * average + (1 - memory) * value
-        result.append(average / (1 - memory**count))
+        result.append(average / (1 - memory**n))
     return result
 
 
@@ -79,15 +159,11 @@ def plot_run(log_dir: Path) -> Path | None:
     if not curves:
         return None
     records = read_metrics(log_dir / "metrics.jsonl")
-    rates = [(record["step"], record["lr"]) for record in records if record["kind"] == "train"]
     panels = 3 if "hella" in curves else 2
     figure.set_size_inches(10, 3.6 * 2 if panels == 3 else 5.6)
     axes = figure.subplots(panels, 1, sharex=True, height_ratios=[3, 1, 1.5][:panels])
     _draw_losses(axes[0], curves, published_val_losses(records))
-    if rates:
-        axes[1].plot(*zip(*rates), color="tab:green")
-    axes[1].set_ylabel("learning rate")
-    axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _draw_learning_rates(axes[1], [record for record in records if record["kind"] == "train"])
     if panels == 3:
         axes[2].plot(*curves["hella"], color="tab:red", marker="o", markersize=3)
         draw_hellaswag_references(axes[2])
@@ -112,6 +188,16 @@ def _draw_losses(axis: "Axes", curves: dict[str, tuple], published: dict[int, fl
         axis.plot(*zip(*points), label="val published for this recipe on FineWeb-Edu", **style)
     axis.set_ylabel("loss (nats per token)")
     axis.legend()
+
+
+def _draw_learning_rates(axis: "Axes", updates: list[dict[str, Any]]) -> None:
+    for name, label, color in (("lr", "AdamW", "tab:green"), ("muon_lr", "Muon", "tab:purple")):
+        if points := [(record["step"], record[name]) for record in updates if name in record]:
+            axis.plot(*zip(*points), color=color, label=label)
+    if len(axis.lines) > 1:
+        axis.legend()
+    axis.set_ylabel("learning rate")
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
 def draw_hellaswag_references(axis: "Axes") -> None:
@@ -144,8 +230,9 @@ def save_picture(figure: "Figure", path: Path) -> Path:
 def write_report(log_dir: Path) -> Path:
     """Writes `report.md` from the logs, and returns its path. Raises UserError if they hold no run."""
     records = read_metrics(log_dir / "metrics.jsonl")
-    starts = [r for r in records if r["kind"] == "run"]
-    curves = read_log(log_dir / "log.txt") if (log_dir / "log.txt").is_file() else {}
+    needed = {"settings": {"max_steps": positive, "total_batch_tokens": positive}}
+    starts = [r for r in records if r["kind"] == "run" and find_problem(r, needed) is None]
+    curves = read_log(log_dir / "log.txt")
     if not starts or not curves:
         raise UserError(f"{log_dir} holds no run to report on", "give the log directory of train_gpt.py")
     sections = [
@@ -157,8 +244,14 @@ def write_report(log_dir: Path) -> Path:
         table("Settings", starts[-1]["settings"]),
     ]
     path = log_dir / "report.md"
-    with whole_file(path) as file:
-        file.write("\n\n".join(filter(None, sections)) + "\n")
+    try:
+        with whole_file(path) as file:
+            file.write("\n\n".join(filter(None, sections)) + "\n")
+    except OSError as error:
+        what = f"cannot write {path}: {error.strerror or error}"
+        raise UserError(
+            what, "make room, or copy the log directory to a folder that you can write"
+        ) from error
     return path
 
 
@@ -177,12 +270,12 @@ def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[s
     rows = {"parameters": f"{start['parameters']:,}"}
     steps = updates[-1]["step"] + 1 if updates else 0
     # The last validation has counted the tokens: the batch may have changed at a resume.
-    counted = {r["step"]: r["tokens"] for r in records if r["kind"] == "val"}
+    counted = {r["step"]: r["tokens"] for r in records if r["kind"] == "val" and "tokens" in r}
     tokens = counted.get(steps, len(updates) * settings["total_batch_tokens"])
     rest = "" if steps >= settings["max_steps"] else f" of {settings['max_steps']:,}: the run is not complete"
     rows["steps"] = f"{steps:,}{rest}"
     rows["training tokens"] = f"{tokens:,}"
-    if updates:
+    if any("seconds" in r for r in updates):
         rows.update(speed(updates, settings["total_batch_tokens"]))
     if "val" in curves:
         step, loss = curves["val"][0][-1], curves["val"][1][-1]
@@ -197,8 +290,8 @@ def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[s
 
 def speed(updates: list[dict[str, Any]], tokens_per_step: int) -> dict[str, str]:
     """Time, speed and memory of the updates, without evaluations."""
-    seconds = sorted(r["seconds"] for r in updates)
-    total, median = sum(seconds), seconds[len(seconds) // 2]
+    seconds = sorted(r["seconds"] for r in updates if "seconds" in r)
+    total, median = sum(seconds), max(seconds[len(seconds) // 2], 1e-9)
     rows = {
         "time of updates": format_duration(total),
         "speed": f"{tokens_per_step / median:,.0f} tokens/s, {1000 * median:,.0f} ms a step (median)",
@@ -236,7 +329,7 @@ def samples_section(path: Path) -> str:
     """The last samples, in a code block whose fence no sample can close; empty if there are none."""
     if not path.is_file():
         return ""
-    parts = re.split("^--- step ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    parts = re.split("^--- step ", path.read_text(encoding="utf-8", errors="replace"), flags=re.M)[1:]
     if not parts:
         return ""
     step = parts[-1].split(",")[0]

@@ -21,6 +21,7 @@ from utils.text_files import quoted
 from utils.training.data_source import Data
 from utils.training.flags import settings_of
 from utils.training.log_directory import archive_run, check_not_moved, cut_logs_back, log_sizes
+from utils.training.optimizers import num_moments
 from utils.training.run_log import RunLog
 from utils.training.state import Progress, TrainState
 from utils.weights.checkpoint import (
@@ -42,22 +43,17 @@ if TYPE_CHECKING:
     from gpt_model import GPT
 
 # Resuming compares all settings. Changing one of these would repeat or skip windows, so it is refused.
-REFUSED = ("seq_len", "seed", "shuffle")
+# Moments of one optimizer mean nothing to another.
+REFUSED = ("seq_len", "seed", "shuffle", "optimizer", "recipe")
+# What a checkpoint was made with if it is older than the setting.
+BEFORE = {"optimizer": "adamw", "recipe": "faithful"}
 # Compared by their effect (weights, configuration, token ids, content of the data, device), not by the flag.
 BY_CONTENT = ("preset", "data", "tokenizer", "init_from", "n_layer", "n_head", "n_embd", "device", "compile")
 # These do not change what is trained: a change is not mentioned. Everything else warns.
 HARMLESS = (
     *("log_dir", "hellaswag_dir", "resume", "eval_only", "dry_run", "cost_per_hour", "dist_timeout"),
-    *(
-        "patience",
-        "max_hours",
-        "val_every",
-        "hellaswag_every",
-        "sample_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-    ),
-    *("keep_every", "tensorboard", "wandb"),
+    *("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
+    *("patience", "max_hours", "tensorboard", "wandb", "recompute"),
 )
 
 
@@ -148,7 +144,8 @@ def failure_warned(action: str, state: TrainState, args: Namespace, log: RunLog)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         if "unexpected pos" in reason:  # torch.save reports a full disk as a position in the stream
             reason = "the file could not be written completely"
-        need = format_bytes(sum(pair_bytes(state.model.num_parameters())))
+        moments = num_moments(state.model, args.optimizer)
+        need = format_bytes(sum(pair_bytes(state.model.num_parameters(), moments)))
         space = f"free {format_bytes(free_bytes(args.log_dir))}, need {need}"
         kept = state.newest_checkpoint or "nothing so far"
         log.warn(f"could not {action}: {reason} ({space}); keeping {kept}")
@@ -237,13 +234,14 @@ def start_or_resume(
 def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
     """Warnings about changed settings. Raises UserError, with all reasons, if it is of another run."""
     saved, config, problems = checkpoint.state, checkpoint.model["config"], []
+    settings = BEFORE | saved["train_args"]
     for key, value in identity.config.items():
-        if config.get(key) != value:
+        if key != "dropout" and config.get(key) != value:  # that is compared as a setting, which may change
             problems.append(f"has {key}={config.get(key)}, this run has {key}={value}")
     changed = {
-        key: (saved["train_args"][key], value)
+        key: (settings[key], value)
         for key, value in identity.settings.items()
-        if key not in (*BY_CONTENT, *HARMLESS) and saved["train_args"].get(key, value) != value
+        if key not in (*BY_CONTENT, *HARMLESS) and settings.get(key, value) != value
     }
     for key in REFUSED:
         if key in changed:
@@ -264,7 +262,8 @@ def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
         f"{key} {before.get(key)} -> {now[key]}" for key in now if before.get(key, now[key]) != now[key]
     ]:
         changes = ", ".join(other).replace("_", " ")
-        warnings.append(f"{changes}: continuing, results equal to rounding only")
+        masks = " and dropout masks" if identity.settings.get("dropout") else ""
+        warnings.append(f"{changes}: continuing, results equal to rounding{masks} only")
     return warnings
 
 

@@ -7,7 +7,7 @@ import time
 from contextlib import ExitStack
 
 from utils.console import PROCESS_START, watched_signals
-from utils.distributed import Distributed, launched_by_torchrun
+from utils.distributed import Distributed
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells count
 for name in ("SIGHUP", "SIGUSR1"):  # a closed terminal; a batch system before its time limit; not on Windows
@@ -36,7 +36,7 @@ class StopSignals:
     """
 
     def __init__(self, dist: Distributed, max_hours: float | None = None):
-        self.dist, self.parent = dist, os.getppid()
+        self.dist = dist
         self.end = math.inf if max_hours is None else PROCESS_START + 3600 * max_hours
         self.received = 0  # the number of the first signal
         self.deferred = False
@@ -67,11 +67,7 @@ class StopSignals:
             os._exit(EXIT_CODES[number])
 
     def poll(self) -> None:
-        """Raises Stopped on all ranks if one was signalled or orphaned; all must call it equally often."""
-        # When torchrun is killed its workers survive, and would keep writing. A process started by hand must
-        # continue when its shell ends (as under nohup).
-        if launched_by_torchrun() and os.getppid() != self.parent and not self.received:
-            self.received = signal.SIGTERM
+        """Raises Stopped on all ranks if one was signalled; all must call it equally often."""
         if time.monotonic() > self.end:
             self.received = self.received or TIME_LIMIT
         agreed = int(self.dist.max_number(self.received))

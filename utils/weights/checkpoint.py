@@ -93,9 +93,9 @@ def newest_model_file(log_dir: Path) -> Path | None:
     return next(reversed(model_files(log_dir)), None)
 
 
-def pair_bytes(num_parameters: int) -> tuple[int, int]:
-    """Bytes of a model file and of its optimizer file: float32 weights, and AdamW's two moments of each."""
-    return 4 * num_parameters, 8 * num_parameters
+def pair_bytes(num_parameters: int, num_moments: int) -> tuple[int, int]:
+    """Bytes of a model file and of its optimizer file: weights and moments, all in float32."""
+    return 4 * num_parameters, 4 * num_moments
 
 
 def checkpoints_to_keep(
@@ -140,6 +140,7 @@ def model_content(
     `config` holds the fields of its GPTConfig, `step` is the number of completed updates, `val_loss` the last
     one measured, in nats, and `tokenizer_state` what `tokenizer_from_state` reads.
     """
+    config = {name: value for name, value in config.items() if value}  # dropout only where there is some
     content = dict(model=model.state_dict(), config=config, step=step, val_loss=val_loss)
     return dict(content, tokenizer=tokenizer_state, versions=versions())
 
@@ -308,8 +309,8 @@ def _has_right_checksums(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             # No checksum covers the directory bit of an entry, whose data torch would not read.
-            has_directories = any(entry.external_attr & 0x10 for entry in archive.infolist())
-            return archive.testzip() is None and not has_directories
+            files = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
+            return archive.testzip() is None and not any(entry.external_attr & 0x10 for entry in files)
     except Exception as error:  # damaged headers raise many types, EINVAL for a negative offset
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from utils.command_line import ArgumentParser, Unfinished, UserError, run_script
 from utils.files import temporary_name
+from utils.runtime import eval_mode
 from utils.tokenizer import END_OF_TEXT, Tokenizer, read_merges, token_strings, tokenizer_from_state
+from utils.tokenizer_json import write_tokenizer as write_tokenizer_json
 from utils.weights.pretrained import CHARACTERS_FILE, TRANSPOSED
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ NUM_CHECKED_TOKENS = 64  # per sequence
 
 
 def hugging_face_config(model: "GPT", vocab_size: int, end_of_text: int | None) -> dict[str, Any]:
-    """The content of config.json. Dropout is zero, as in training."""
+    """The content of config.json, with the dropout of training, which transformers applies in train mode."""
     config = model.config
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -43,7 +45,7 @@ def hugging_face_config(model: "GPT", vocab_size: int, end_of_text: int | None) 
         **{name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd")},
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), config.dropout),
         "bos_token_id": end_of_text,  # GPT-2 starts and ends a document with the same token
         "eos_token_id": end_of_text,
         "tie_word_embeddings": True,
@@ -77,6 +79,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> str:
         characters = tokenizer.state()["characters"]
         write_json(folder / CHARACTERS_FILE, {character: i for i, character in enumerate(characters)})
         return f"{CHARACTERS_FILE}: ids of a character model, for which transformers has no tokenizer"
+    if tokenizer.name != "gpt2":
+        write_tokenizer_json(folder, tokenizer.state(), block_size)
+        return "tokenizer.json: the model's own tokenizer, for AutoTokenizer"
     write_json(folder / "vocab.json", {token: i for i, token in enumerate([*token_strings(), END_OF_TEXT])})
     (folder / "merges.txt").write_bytes(read_merges().encode("utf-8"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -117,7 +122,8 @@ def largest_difference(model: "GPT", folder: Path, vocab_size: int) -> float:
     transformers.utils.logging.disable_progress_bar()
     T = min(NUM_CHECKED_TOKENS, model.config.block_size)
     idx = torch.randint(vocab_size, (2, T), generator=torch.Generator().manual_seed(0))  # (B, T)
-    ours = model.double()(idx)[0][..., :vocab_size]  # (B, T, V)
+    with eval_mode(model):
+        ours = model.double()(idx)[0][..., :vocab_size]  # (B, T, V)
     model.float()  # exact: every number was a float32 before
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()(idx).logits
     return (ours - theirs).abs().max().item()
@@ -164,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="log/model_*.pt, or any model that generate.py -m accepts")
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the model")
     args = parser.parse_args(argv)
-    export(GPT.load(args.checkpoint).eval(), args.folder.resolve())
+    export(GPT.load(args.checkpoint), args.folder.resolve())
     print(f'in {args.folder}: AutoModelForCausalLM.from_pretrained("{args.folder}") loads it')
     return 0
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from utils.command_line import UserError, shown
-from utils.tokenizer import GPT2Tokenizer
+from utils.tokenizer_json import FILE_NAME, read_tokenizer, state_of
 from utils.weights.file_kinds import WHAT_TO_GIVE
 from utils.weights.schema import LARGEST_SIZES, check_sizes, is_int
 
@@ -23,7 +23,7 @@ CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")  # buffers that old checkpoin
 # Our name of each size, and that in config.json.
 SIZES = {name: name for name in LARGEST_SIZES} | {"block_size": "n_positions"}
 CHARACTERS_FILE = "characters.json"  # ids of a character model that utils/weights/export.py exported
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "spiece.model")
+TOKENIZER_FILES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
 
 def load_gpt2_weights(name_or_dir: str, names: Collection[str]) -> tuple[dict[str, int], dict[str, Tensor]]:
@@ -52,13 +52,19 @@ def load_gpt2_weights(name_or_dir: str, names: Collection[str]) -> tuple[dict[st
     return sizes, state_dict
 
 
-def tokenizer_state_of(name_or_dir: str) -> dict[str, str]:
-    """State for `tokenizer_from_state`: "gpt2", "char" or "folder". Raises UserError for damaged files."""
+def tokenizer_state_of(name_or_dir: str) -> dict[str, Any]:
+    """State for `tokenizer_from_state`; {"name": "folder"} is one that no tokenizer.json can describe.
+
+    Raises UserError for damaged files.
+    """
     folder = Path(name_or_dir)
     path = folder / CHARACTERS_FILE
     if not path.is_file():
-        has_files = folder.is_dir() and any((folder / name).exists() for name in TOKENIZER_FILES)
-        return {"name": "folder" if has_files and not FolderTokenizer(folder).is_gpt2() else "gpt2"}
+        if (folder / FILE_NAME).is_file():
+            return read_tokenizer(folder)
+        if folder.is_dir() and any((folder / name).exists() for name in TOKENIZER_FILES):
+            return FolderTokenizer(folder).state()
+        return {"name": "gpt2"}
     ids = read_json(path)
     characters = "".join(sorted(ids, key=ids.get)) if all(map(is_int, ids.values())) else ""
     if not characters or [ids.get(character) for character in characters] != list(range(len(ids))):
@@ -177,9 +183,10 @@ def _check_is_plain_gpt2(config: Any, name: str) -> None:
 
 
 class FolderTokenizer:
-    """A transformers folder's tokenizer; as by default there, special tokens in a text are recognised."""
+    """A transformers folder's tokenizer without tokenizer.json; special tokens in a text are recognised."""
 
     name = "folder"
+    ranks = None
 
     def __init__(self, folder: Path):
         transformers = _import_transformers()
@@ -196,15 +203,12 @@ class FolderTokenizer:
         self.end_of_text: int | None = self._tokenizer.eos_token_id
 
     def encode(self, text: str, allow_special: bool = True) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.uint32)
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids])
 
     def state(self) -> dict[str, Any]:
-        return {"name": self.name}
-
-    def is_gpt2(self) -> bool:
-        """Whether it encodes a probe as GPT-2's BPE does; additional tokens may exist beside GPT-2's."""
-        probe = "The cats' 1,234 naïve  owners\nain't here: \u2014 日本 [step] [header] [title]"
-        return np.array_equal(self.encode(probe), GPT2Tokenizer().encode(probe))
+        """That of the tokenizer.json which transformers makes of other files, if it can."""
+        made = getattr(self._tokenizer, "backend_tokenizer", None)
+        return state_of(made.to_str(), self._tokenizer.eos_token) if made else {"name": self.name}

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from utils.command_line import LARGEST_INT, LARGEST_NUMBER, UserError, format_bytes, shown
 from utils.runtime import memory_bytes
+from utils.tokenizer_json import MODELS
+from utils.tokenizer_json import find_problem as find_json_problem
 
 FORMAT, VERSION = "minigpt-ckpt", 1
 UNCHANGED = "use a file that train_gpt.py wrote, unchanged"  # a hint
@@ -157,10 +159,17 @@ TOKENIZERS: dict[str, Schema] = {
         )
     },
     "folder": {},
+    **dict.fromkeys(
+        MODELS,
+        {
+            "json": Rule("the text of a tokenizer.json", lambda value: find_json_problem(value) is None),
+            "end_of_text": Rule("a text or None", lambda value: value is None or isinstance(value, str)),
+        },
+    ),
 }
 # What each optimizer, by its key in an optimizer file, holds for every parameter: "step" is one number, the
 # others have the shape of the parameter.
-OPTIMIZERS = {"optimizer": ("step", "exp_avg", "exp_avg_sq")}
+OPTIMIZERS = {"optimizer": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
 
 def _is_weights(value: Any) -> bool:
@@ -206,6 +215,7 @@ CONFIG = {
     )
     for name, largest in LARGEST_SIZES.items()
 }
+CONFIG["dropout"] = optional(Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value < 1))
 HEAD = {
     "format": Rule(repr(FORMAT), lambda value: value == FORMAT),
     "version": Rule(str(VERSION), lambda value: is_int(value, VERSION, VERSION)),
@@ -249,10 +259,13 @@ STATE_FILE: dict[str, Schema] = {
 
 def checked(content: Any, schema: Mapping[str, Schema], path: Path) -> dict[str, Any]:
     """What a schema names of a file's content. Raises UserError, with the key, if it is not as described."""
-    problem = find_problem(content, schema) or _find_contradiction(content)
+    problem = find_problem(content, schema)
+    if problem is None:
+        content = {key: content[key] for key in schema if key in content}
+        problem = _find_contradiction(content)
     if problem:
         raise UserError(f"{path}: {problem}", UNCHANGED)
-    return {key: content[key] for key in schema if key in content}
+    return content
 
 
 def _find_contradiction(content: dict[str, Any]) -> str | None:

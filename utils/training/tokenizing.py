@@ -1,0 +1,121 @@
+"""Which tokenizer a run uses, and texts in its tokens."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.command_line import UserError
+from utils.console import warn
+from utils.data_loader import TRAIN_SHARE
+from utils.distributed import Distributed
+from utils.shards.encoder import encode_one_by_one
+from utils.shards.tokenizer import tokenizer_of
+from utils.tokenizer import END_OF_TEXT, Tokenizer, has_tiktoken, tokenizer_from_state
+from utils.tokenizer_json import read_tokenizer, train_bpe
+from utils.weights.checkpoint import Checkpoint
+
+
+def available_tokenizer(requested: str, dist: Distributed) -> str:
+    """The requested kind, "gpt2" or "char"; "char" with a warning where tiktoken is not installed."""
+    if requested == "gpt2" and not has_tiktoken():
+        if dist.is_master:
+            warn("tiktoken is not installed, training on characters instead (pip install tiktoken)")
+        return "char"
+    return requested
+
+
+def requested_tokenizer(
+    requested: str | None, checkpoint: Checkpoint | None, dist: Distributed
+) -> dict[str, Any] | None:
+    """State of the tokenizer that `--tokenizer` names; None without the flag: the data decides.
+
+    {"name": "char"}, and {"name": "bpe", "vocab_size": N}, say what to make of the text. A resumed run takes
+    the BPE that was trained for it from its checkpoint. A file is that of rank 0.
+    """
+    if requested in (None, "gpt2", "char"):
+        return requested and {"name": available_tokenizer(requested, dist)}
+    if not requested.startswith("bpe:"):
+        return dist.on_master(lambda: read_tokenizer(Path(requested)))
+    if checkpoint and checkpoint.state["train_args"].get("tokenizer") == requested:
+        return checkpoint.model["tokenizer"]
+    return {"name": "bpe", "vocab_size": int(requested.removeprefix("bpe:"))}
+
+
+def fits_request(requested: str, state: dict[str, Any]) -> bool:
+    """Whether a model's tokenizer is the one that `--tokenizer` names."""
+    if requested in ("gpt2", "char"):
+        return state["name"] == requested
+    if requested.startswith("bpe:"):
+        return "json" in state and f"bpe:{tokenizer_from_state(state).vocab_size}" == requested
+    return read_tokenizer(Path(requested)) == state
+
+
+def tokenizer_of_shards(folder: Path, state: dict[str, Any] | None, dist: Distributed) -> Tokenizer:
+    """The tokenizer of a folder of shards. Raises UserError if `state` is given and is another one's."""
+    found = dist.on_master(lambda: tokenizer_of(folder))
+    if state not in (None, found):
+        if state["name"] == "folder":
+            tokenizer_from_state(state)  # raises
+        if found["name"] == "gpt2" or state.get("vocab_size") != tokenizer_from_state(found).vocab_size:
+            what = f"{folder} holds {_tokens_of(found)}, not {_tokens_of(state)}"
+            if state["name"] == "char":
+                other = "a model trained on them" if "characters" in state else "use --tokenizer gpt2"
+                raise UserError(what, f"give --data a text file, or {other}")
+            hint = "omit --tokenizer to train on them; a loaded model needs shards of its own tokenizer"
+            raise UserError(what, hint)
+    return tokenizer_from_state(found)
+
+
+def _tokens_of(state: dict[str, Any]) -> str:
+    if state["name"] in ("gpt2", "char"):
+        return {"gpt2": "GPT-2 tokens", "char": "characters"}[state["name"]]
+    size = state.get("vocab_size") or tokenizer_from_state(state).vocab_size
+    return f"tokens of a {state['name']} tokenizer of {size:,} tokens"
+
+
+def train_share(texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The first 90 % of the characters of texts, and the rest, which begins with the rest of a text."""
+    texts = list(texts)
+    border = int(sum(map(len, texts)) * TRAIN_SHARE)
+    before: list[str] = []
+    for index, text in enumerate(texts):
+        if len(text) > border:
+            return [*before, text[:border]], [text[border:], *texts[index + 1 :]]
+        before.append(text)
+        border -= len(text)
+    return before, [""]
+
+
+def has_end_of_text(state: dict[str, Any]) -> bool:
+    """Whether a tokenizer, or the one to be made, has a token that starts a document."""
+    return state["name"] != "char" and state.get("end_of_text", END_OF_TEXT) is not None
+
+
+def encode_texts(
+    texts: Iterable[str], state: dict[str, Any], dist: Distributed, *, are_documents: bool
+) -> tuple[Tokenizer, np.ndarray, int | None]:
+    """A tokenizer, the tokens of texts, 1-D, and how many of them are train, None for a share of the tokens.
+
+    With a tokenizer.json or a BPE to be trained, by rank 0, train is a share of the characters, which no
+    tokenizer changes: a BPE is trained on these alone, so that val is a text that it, too, has not seen. The
+    end-of-text token starts every document; otherwise there is one text.
+    """
+
+    def encode(texts: Iterable[str]) -> list[np.ndarray]:
+        return [encode_one_by_one(texts, tokenizer)] if are_documents else [*map(tokenizer.encode, texts)]
+
+    if "json" not in state and "vocab_size" not in state:
+        if state["name"] == "char" and "characters" not in state:
+            state = {**state, "characters": "".join(sorted(set(*texts)))}
+        tokenizer = tokenizer_from_state(state)
+        return tokenizer, np.concatenate(encode(texts)), None
+    train, val = train_share(texts)
+    if "json" not in state:
+        state = dist.on_master(lambda: train_bpe(train, state["vocab_size"]))
+    tokenizer = tokenizer_from_state(state)
+    parts = encode(train)
+    border = sum(map(len, parts))
+    rest = tokenizer.encode(val[0])  # of a text that begins in train
+    return tokenizer, np.concatenate([*parts, rest, *encode(val[1:])]), border
