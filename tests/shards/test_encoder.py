@@ -10,6 +10,7 @@ import pytest
 from tests.shards.test_build import build, expected_tokens, make_documents, tokens_of, write_jsonl
 from utils.shards.encoder import encode_in_batches, encode_one_by_one
 from utils.shards.workers import Backend
+from utils.tokenizer_json import JsonTokenizer, train_bpe
 
 each_backend = pytest.mark.parametrize("backend", [encode_in_batches, encode_one_by_one])
 # Several kinds of white space, the encoder's own marks, contractions, digits, letters of several scripts.
@@ -67,3 +68,19 @@ def test_a_build_uses_the_reference_with_a_warning_if_the_fast_backend_differs(t
     assert "encoding document by document: compared with tiktoken on the first 30 documents" in output.out
     for name in ("good", "out"):
         assert np.array_equal(tokens_of(tmp_path / name), expected_tokens(documents))
+
+
+def test_a_bpe_of_ones_own_gets_the_ids_of_the_tokenizers_library():
+    """Both backends, on every kind of character in five contexts, random strings, and half characters."""
+    library = pytest.importorskip("tokenizers")
+    codes = [*range(0x3100), *range(0x3100, 0xD800, 17), *range(0xE000, 0x110000, 397)]
+    texts = [*texts_with(list(map(chr, codes)), 64), *random_texts(3000), "a \ud800  b"]
+    state = train_bpe(texts, 700)
+    reference = library.Tokenizer.from_str(state["json"])
+    reference.encode_special_tokens = True
+    tokenizer, expected = JsonTokenizer(state), []
+    for encoding in reference.encode_batch([*texts[:-1], "a \ufffd  b"]):
+        expected += [tokenizer.end_of_text, *encoding.ids]
+    for backend in (encode_in_batches, encode_one_by_one):
+        tokens = backend(texts, tokenizer)
+        assert tokens.dtype == np.uint16 and tokens.tolist() == expected
