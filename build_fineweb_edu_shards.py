@@ -30,8 +30,15 @@ from typing import Any
 
 from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
 from utils.console import printable, warn
-from utils.files import locked, remove_temporary_files, sha256_of, temporary_name
-from utils.shards.documents import TEXT_FIELD, DocumentSource, Position, parts_from, read_documents
+from utils.files import locked, remove_temporary_files, temporary_name
+from utils.shards.documents import (
+    TEXT_FIELD,
+    DocumentSource,
+    Position,
+    is_text,
+    parts_from,
+    read_documents,
+)
 from utils.shards.encoder import backend_of, choose_method, encode_in_batches
 from utils.shards.format import find_all_shards, write_shard
 from utils.shards.hub import HubFiles
@@ -41,9 +48,9 @@ from utils.shards.tokenizer import (
     choose_tokenizer,
     recorded_as,
     store_tokenizer,
-    tokenizer_of,
     train_on_corpus,
 )
+from utils.shards.verify import check_inputs, verify
 from utils.shards.workers import TokenizerPool, TokenQueue, num_cores
 from utils.tokenizer import Tokenizer, has_tiktoken, token_dtype, tokenizer_from_state
 from utils.tokenizer_json import tokenizer_name
@@ -65,9 +72,11 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     """Parses the command line. Raises UserError for flags that contradict each other."""
     parser = ArgumentParser(prog="build_fineweb_edu_shards.py", description=__doc__.split("\n")[0])
     add = parser.add_argument
-    input_help = "files, globs or folders: .parquet .jsonl .jsonl.gz .txt"
+    input_help = "files, globs or folders: .parquet .jsonl .json .txt, the last three also packed: .gz .zst"
     add("--input", nargs="+", type=path_text, metavar="FILE", help=input_help)
     add("--text-field", default=TEXT_FIELD, help="parquet column or jsonl field that contains the text")
+    bad_help = "rows with no text, no JSON or no UTF-8: stop at the first, or skip and count them"
+    add("--bad-rows", choices=("stop", "skip"), default="stop", help=bad_help)
     add("--output-dir", type=Path, default=ROOT / "edu_fineweb10B", help="folder for the shards")
     add("--shard-tokens", type=positive_int, default=SHARD_TOKENS, help="number of tokens per shard")
     add("--max-shards", type=positive_int, help="stop after this many shards, val included; default: all")
@@ -113,13 +122,15 @@ def pack(
         available = queue.fill(2 * shard_tokens if number == 0 else shard_tokens)
         if available == 0:
             if number == 0:
-                raise UserError("the input contains no documents", "check --input and --text-field")
+                found = f" ({queue.trailing_rows:,} rows without text)" if queue.trailing_rows else ""
+                raise UserError(f"the input contains no documents{found}", "check --input and --text-field")
             manifest.complete = True
+            manifest.skipped_rows = queue.skipped_rows + queue.trailing_rows
             manifest.save()
             break
         count = val_length(queue, shard_tokens, val_tokens) if number == 0 else min(shard_tokens, available)
         sha256 = write_shard(manifest.folder / manifest.next_name(), queue.take(count), count)
-        manifest.add(sha256, count, queue.documents, queue.position)
+        manifest.add(sha256, count, queue.documents, queue.position, queue.skipped_rows)
 
 
 def val_length(queue: TokenQueue, shard_tokens: int, val_tokens: int | None) -> int:
@@ -169,15 +180,16 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer
     with TokenizerPool(args.num_workers, backend_of(encode_in_batches, tokenizer, args.output_dir)) as pool:
         # While the processes start: the fast backend must produce tiktoken's own tokens for this input.
         first = min([*missing, len(manifest.shards)])
-        sample = read_sample(source, args.text_field, manifest.start_of(first)[0])
+        sample = read_sample(source, args.text_field, args.bad_rows, manifest.start_of(first)[0])
         method, how = choose_method(sample, tokenizer)
         backend = backend_of(method, tokenizer, args.output_dir)
         print(f"encoding {how}")
 
         def queue_from(index: int, on_tokens: Callable[[int], object] = lambda count: None) -> TokenQueue:
-            position, documents = manifest.start_of(index)
-            blocks = pool.blocks(source, args.text_field, position, backend)
-            return TokenQueue(blocks, position, documents, on_tokens, tokenizer.end_of_text)
+            position, documents, skipped_rows = manifest.start_of(index)
+            blocks = pool.blocks(source, args.text_field, position, backend, args.bad_rows)
+            end_of_text = tokenizer.end_of_text
+            return TokenQueue(blocks, position, documents, on_tokens, end_of_text, skipped_rows)
 
         for index in missing:
             rebuild(manifest, index, queue_from(index))
@@ -190,10 +202,10 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer
             pack(manifest, queue, args.max_shards, lambda number: bar.set_description(f"shard {number}"))
 
 
-def read_sample(source: DocumentSource, text_field: str, position: Position) -> list[str]:
+def read_sample(source: DocumentSource, text_field: str, bad_rows: str, position: Position) -> list[str]:
     """The start of the first documents from a position on."""
     part = next(parts_from(source, text_field, position), None)
-    texts = read_documents(part, text_field)[:SAMPLE_DOCUMENTS] if part else []
+    texts = read_documents(part, text_field, bad_rows=bad_rows)[:SAMPLE_DOCUMENTS] if part else []
     return [text[:SAMPLE_CHARACTERS] for text in texts]
 
 
@@ -284,7 +296,8 @@ def train(args: Namespace, source: DocumentSource, vocab_size: int) -> dict[str,
     num_tokens, _ = source.estimate(args.text_field)
     is_small = num_tokens < args.shard_tokens
     val_tokens = int(num_tokens * SMALL_CORPUS_VAL_FRACTION) if is_small else args.shard_tokens
-    return train_on_corpus(source, args.text_field, vocab_size, args.val_tokens or val_tokens)
+    size = args.val_tokens or val_tokens
+    return train_on_corpus(source, args.text_field, args.bad_rows, vocab_size, size)
 
 
 def settings_of(args: Namespace, source: DocumentSource, tokenizer: dict[str, Any]) -> dict[str, Any]:
@@ -294,63 +307,10 @@ def settings_of(args: Namespace, source: DocumentSource, tokenizer: dict[str, An
         **recorded_as(tokenizer),
         "shard_tokens": args.shard_tokens,
         "val_tokens": args.val_tokens,
-        "text_field": args.text_field if any(kind != "text" for kind in source.kinds) else None,
+        "text_field": args.text_field if not all(map(is_text, source.kinds)) else None,
+        "bad_rows": args.bad_rows,
         "source": source.describe(),
     }
-
-
-def check_inputs(manifest: Manifest, source: DocumentSource) -> None:
-    """Records the checksums of the input before the first shard; later raises UserError if they differ."""
-    if manifest.shards and manifest.inputs is None:  # the hub's, or started by an earlier version
-        return
-    inputs = source.checksums()
-    if not manifest.shards:
-        manifest.inputs = inputs
-        return
-    for old, new in zip(manifest.inputs, inputs):
-        if old["sha256"] != new["sha256"]:
-            what = f"{new['path']} has changed since the build started (SHA-256 {new['sha256']})"
-            raise UserError(what, f"restore it ({old['sha256']}), or build into another --output-dir")
-
-
-def verify_inputs(manifest: Manifest) -> None:
-    """Compares the input files with the manifest. Raises UserError that names those that differ."""
-    if manifest.inputs is None:
-        what = f"{manifest.folder / FILE_NAME} records no checksums of input files"
-        raise UserError(what, "omit --inputs: it was built from the hub, or by an earlier version")
-    differ = []
-    for record in manifest.inputs:
-        path = Path(record["path"])
-        problem = None if path.is_file() else "missing"
-        if not problem and sha256_of(path) != record["sha256"]:
-            problem = f"SHA-256 is not {record['sha256']}: the content has changed"
-        print(printable(f"{path}: {problem or 'ok'}"), flush=True)
-        differ += [str(path)] if problem else []
-    if differ:
-        what = f"{len(differ)} of {len(manifest.inputs)} input files differ: {', '.join(differ[:4])}"
-        raise UserError(what, "the shards hold the earlier content: restore it, or build in a new folder")
-
-
-def verify(folder: Path, *, inputs: bool = False) -> int:
-    """Compares every shard, and on request the input, with the manifest. Raises UserError for differences."""
-    manifest = Manifest.load(folder)
-    if manifest is None:
-        raise UserError(f"{folder} has no {FILE_NAME}", "name the folder of a build: --output-dir")
-    damaged, vocab_size = [], tokenizer_from_state(tokenizer_of(folder)).vocab_size
-    for record in manifest.shards:
-        problem = manifest.find_problem(record, vocab_size)
-        print(f"{record['name']}: {problem or 'ok'}", flush=True)
-        if problem:
-            damaged.append(record["name"])
-    if damaged:
-        what = f"{folder}: {len(damaged)} of {len(manifest.shards)} shards are damaged: {', '.join(damaged)}"
-        raise UserError(what, "delete them and run the command that built them again: only they are rebuilt")
-    manifest.check_folder(next_allowed=False)
-    if inputs:
-        verify_inputs(manifest)
-    state = "the build is complete" if manifest.complete else "the corpus has more: the build can continue"
-    print(f"{len(manifest.shards)} shards, {manifest.num_tokens:,} tokens, all as written; {state}")
-    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -366,6 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = settings_of(args, source, tokenizer)
         if manifest is None or not manifest.shards:  # an attempt without a shard may be replaced
             manifest = Manifest(args.output_dir, settings)
+        if args.bad_rows == "skip":  # what a build that stops at bad rows has written has none
+            manifest.settings["bad_rows"] = "skip"
         manifest.check_settings(settings)
         done = is_done(manifest, args.max_shards)
         manifest.check_folder(next_allowed=not done)
@@ -379,9 +341,10 @@ def main(arguments: list[str] | None = None) -> int:
             store_tokenizer(args.output_dir, tokenizer)
             build(args, source, manifest, tokenizer_from_state(tokenizer))
     documents = manifest.shards[-1]["documents"]
+    skipped = f"; {manifest.skipped_rows:,} rows without text skipped" if args.bad_rows == "skip" else ""
     print(
         f"{'nothing to do' if done else 'done'}: {len(manifest.shards)} shards in {args.output_dir}, "
-        f"{manifest.num_tokens:,} tokens of {documents:,} documents"
+        f"{manifest.num_tokens:,} tokens of {documents:,} documents{skipped}"
     )
     return 0
 

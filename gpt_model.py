@@ -229,8 +229,9 @@ class GPT(nn.Module):
         return 6 * N + 12 * self.config.n_layer * self.config.n_embd * T
 
     def configure_optimizers(
-        self, weight_decay: float, learning_rate: float, device_type: str, is_master_process: bool = True
-    ) -> torch.optim.AdamW:
+        self, weight_decay: float, learning_rate: float, device_type: str, is_master_process: bool = True,
+        leave_out: frozenset[nn.Parameter] = frozenset(),
+    ) -> torch.optim.AdamW:  # fmt: skip
         """AdamW (Loshchilov & Hutter 2019) with the betas of GPT-3; only matrices decay.
 
         Args:
@@ -238,9 +239,10 @@ class GPT(nn.Module):
             learning_rate: initial value; the training loop sets it before every update.
             device_type: "cuda", "cpu" or "mps" update all parameters in fused kernels.
             is_master_process: print one line about the parameter groups.
+            leave_out: parameters that another optimizer trains.
         """
-        decayed = [p for p in self.parameters() if p.requires_grad and p.dim() >= 2]
-        others = [p for p in self.parameters() if p.requires_grad and p.dim() < 2]
+        trained = [p for p in self.parameters() if p.requires_grad and p not in leave_out]
+        decayed, others = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         fused = device_type in ("cuda", "cpu", "mps")
         if is_master_process:

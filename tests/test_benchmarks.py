@@ -27,6 +27,7 @@ from tests.benchmarks import generate as benchmark_generate
 from tests.benchmarks import hellaswag as benchmark_hellaswag
 from tests.benchmarks import loader as benchmark_loader
 from tests.benchmarks import loss as benchmark_loss
+from tests.benchmarks import recipe as benchmark_recipe
 from tests.benchmarks import recompute as benchmark_recompute
 from tests.benchmarks import shards as benchmark_shards
 from tests.benchmarks import step as benchmark_step
@@ -184,6 +185,78 @@ def test_static_and_eager_sampling_are_compared_with_one_pass(
         for texts in (1, 3)
         for form in ("ours, graphs", "ours, eager", *others)
     ]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_recipes_are_compared_by_the_tokens_to_a_loss(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Runs of train_gpt.py: equal data and seed, each with its own schedule, the curves in one picture."""
+    import train_gpt
+
+    commands: list[list[str]] = []
+
+    def execute(command: list[str]) -> None:
+        commands.append(command)
+        assert command[0] == "train_gpt.py" and train_gpt.main(command[1:]) == 0
+
+    monkeypatch.setattr(benchmark_recipe, "execute", execute)
+    files = [
+        "--data",
+        str(text_file),
+        "--picture",
+        str(tmp_path / "a.png"),
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
+    flags = ["--part", "char", "--toy", "--device", "cpu", "--seeds", "7", "--fast-steps", "8", "2"]
+    assert benchmark.main(["recipe", *flags, *files]) == 0
+    figures = json.loads((tmp_path / "a.json").read_text())
+    row = figures["seeds"]["7"]
+    assert [run["steps"] for run in (row["faithful"], *row["fast"])] == [8, 2, 8]
+    assert row["fast"][0]["tokens"] == 64 and row["fast"][0]["curve"][-1] == [64, row["fast"][0]["val_loss"]]
+    share = 0.25 if row["fast"][0]["val_loss"] <= row["faithful"]["val_loss"] else 1.0
+    assert figures["share_of_tokens"] == {"median": share, "lowest": share, "highest": share}
+    assert f"reached with {share:.0%} of the tokens, " in capsys.readouterr().out
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    recipes = [command[command.index("--recipe") + 1] for command in commands]
+    assert recipes == ["faithful", "fast", "fast"] and all("7" in command for command in commands)
+    milliseconds = figures["optimizer_milliseconds"]
+    assert milliseconds.keys() == {"faithful", "fast"} and min(milliseconds.values()) > 0
+
+
+def test_the_faithful_recipe_has_its_best_rate_and_the_fast_one_its_shortest_sufficient_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """The rate is chosen on the first seed; a seed that no run serves leaves the spread open."""
+    losses = {"0.0006": 3.5, "0.001": 3.4, "0.002": 3.6}
+
+    def run(flags: list[str], steps: int, seed: int, folder: Path) -> dict[str, Any]:
+        loss = 3.5 - steps / 1000 - 0.05 * seed if "fast" in flags else losses[flags[-1]]
+        return {"steps": steps, "tokens": 10 * steps, "val_loss": loss, "seconds": 1.0, "curve": []}
+
+    monkeypatch.setattr(benchmark_recipe, "run", run)
+    monkeypatch.setattr(benchmark_recipe, "prepare_data", lambda part, data, folder: "text.txt")
+    monkeypatch.setattr(benchmark_recipe, "optimizer_milliseconds", lambda flags, device: 1.0)
+    args = Namespace(part="larger", seeds=[1, 2], fast_steps=None, data=None, device="cpu", picture=None)
+    args.toy = False
+    figures = benchmark_recipe.measure(args)
+    assert figures["flags"]["faithful"].endswith("--recipe faithful --max-lr 0.001")
+    assert figures["seeds"]["1"]["share_of_tokens"] == 120 / 400  # 3.33 after 120 steps
+    assert figures["share_of_tokens"]["highest"] == 0.3
+    args.seeds = [0, -1]
+    assert benchmark_recipe.measure(args)["seeds"]["0"]["share_of_tokens"] == 120 / 400
+    args.seeds = [1, -9]
+    figures = benchmark_recipe.measure(args)
+    assert figures["share_of_tokens"] is None and figures["seeds"]["-9"]["share_of_tokens"] is None
+    assert "seed -9: no fast run reaches 3.4000" in capsys.readouterr().out
+
+
+def test_a_training_run_that_fails_ends_the_comparison():
+    """With its command and its message."""
+    with pytest.raises(Unfinished, match="train_gpt.py --max-steps 0 ended with exit code 2") as caught:
+        benchmark_recipe.execute(["train_gpt.py", "--max-steps", "0"])
+    assert "0 is not above zero" in caught.value.hint
 
 
 def test_a_corpus_below_two_shards_is_refused(monkeypatch: pytest.MonkeyPatch):
@@ -458,6 +531,17 @@ def test_the_command_for_a_card_runs_at_toy_size(tmp_path: Path):
     assert bars["seconds for all examples"]["met"] and bars["peak memory at B64 in GB"]["value"] is None
 
 
+@pytest.mark.slow
+def test_the_recipes_on_a_card_run_at_toy_size(tmp_path: Path):
+    """On shards that it builds; this part runs only when asked for, and then alone."""
+    figures, printed = measured(tmp_path, "cuda", "--toy", "--recipe", "--commit", "abc")
+    assert list(figures["parts"]) == ["recipe"] and "recipe" not in benchmark_cuda.DEFAULT_PARTS
+    part = figures["parts"]["recipe"]
+    assert part["status"].startswith("done after ") and part["figures"]["name"] == "124M"
+    (bar,) = part["bars"]
+    assert bar["value"] == (part["figures"]["share_of_tokens"] or {}).get("highest")
+
+
 def test_a_command_is_ended_at_its_limit_with_all_it_has_started(tmp_path: Path):
     """A part that hangs disturbs no later one, and its output is kept; one that ends has its exit code."""
     grandchild = "import time; time.sleep(60)"
@@ -558,6 +642,8 @@ def test_the_bars_are_taken_from_the_figures():
     assert outcome("step", step) == [(1.05, True), (27, True)]
     ours["micro_batch"] = 32
     assert outcome("step", step)[1] == (None, False)
+    assert outcome("recipe", {"share_of_tokens": {"median": 0.4, "highest": 0.45}}) == [(0.45, True)]
+    assert outcome("recipe", {"share_of_tokens": None}) == [(None, False)]
     assert outcome("hellaswag", {"examples": 10_000, "examples_per_second": 2500}) == [(4, True)]
     forms = {
         "ours, kernel": {"loss_error": 2e-6, "gradient_error": 0.02, "milliseconds": 24, "rows": 65536},

@@ -162,8 +162,8 @@ def test_generate_reports_user_errors(tmp_path):
     for arguments, message in (
         (["-m", tmp_path / "none.pt", "-p", "x"], "no checkpoint at"),
         (["--temperature", "nan"], "not a finite number"),
-        (["--temperature=-1"], "below zero"),
-        (["--top-p", "1.5"], "not a probability"),
+        (["--temperature=-1"], "temperature=-1.0 is not a finite number of at least 0"),
+        (["--top-p", "1.5"], "top_p=1.5 is not above 0 and at most 1"),
     ):
         process = run(ROOT / "generate.py", *arguments)
         assert process.returncode == 2 and message in process.stderr, process.stderr

@@ -5,11 +5,16 @@ with or without a byte order mark, LF or CRLF) and describe every other one alik
 """
 
 import codecs
+import gzip
+import io
 import re
 import shlex
 import stat
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.command_line import UserError
 
@@ -22,6 +27,7 @@ BEGINNINGS = {
     b"PK\x05\x06": "an empty zip archive",
     b"PAR1": "parquet",
     b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x50\x2a\x4d\x18": "zstd",  # a frame to be skipped, with which pzstd begins
     b"BZh": "bzip2",
     b"\xfd7zXZ\x00": "xz",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
@@ -57,6 +63,7 @@ SOLUTIONS = {
     "a NumPy array": "of token shards, give the folder",
     "HTML": "download it again: a web page was saved in its place",
 }
+UNPACK = {".gz": "gunzip -c", ".zst": "unzstd -c"}  # commands for what `open_unpacked` reads
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar")
 CONTROL_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f]")
 
@@ -101,6 +108,32 @@ def first_bytes(path: Path) -> bytes:
         return file.read(1024)
 
 
+def open_unpacked(path: Path) -> BinaryIO:
+    """A file for reading, unpacked if its name ends in .gz or .zst. Raises OSError."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")
+    if suffix == ".zst":
+        try:
+            import pyarrow
+        except ImportError as error:
+            what = f"cannot import pyarrow, which unpacks {path}: {error}"
+            raise UserError(what, "pip install -U pyarrow, or unpack the file: unzstd") from error
+        return io.BufferedReader(pyarrow.input_stream(open(path, "rb"), compression="zstd"))
+    return open(path, "rb")
+
+
+@contextmanager
+def read_errors(path: Path) -> Iterator[None]:
+    """Turns what Python and pyarrow raise for a damaged file into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}", "is the file complete? copy it again") from error
+
+
 def quoted(path: Path | str) -> str:
     """A path or an argument as a shell takes it: every printed command can be pasted."""
     is_like_a_flag = isinstance(path, Path) and str(path).startswith("-")
@@ -138,17 +171,21 @@ def wrong_kind(path: Path, data: bytes, expected: str) -> UserError:
 
 def encoding_hint(path: Path, data: bytes, error: UnicodeDecodeError) -> str:
     """What to do about bytes that are not UTF-8: damaged UTF-8, text of one byte a character, or no text."""
+    is_packed = path.suffix.lower() in UNPACK
     around = data[max(0, error.start - (1 << 16)) : error.start + (1 << 16)]
     if _is_binary(around):
         return "this is binary data: give a text instead"
-    new = free_name(path.with_name(f"{path.stem}_converted{path.suffix}"))
-    files = f"-t utf-8 < {quoted(path)} > {quoted(new)}"
+    plain = path.with_suffix("") if is_packed else path
+    new = free_name(plain.with_name(f"{plain.stem}_converted{plain.suffix}"))
+    source, files = "", f"-t utf-8 < {quoted(path)} > {quoted(new)}"
+    if is_packed:
+        source, files = f"{UNPACK[path.suffix.lower()]} < {quoted(path)} | ", f"-t utf-8 > {quoted(new)}"
     text = around.decode("utf-8", "replace")
     if sum(character > "\x7f" for character in text) > 2 * text.count("\ufffd"):
-        return f"the rest is UTF-8; to leave out its damaged bytes: iconv -c -f utf-8 {files}"
+        return f"the rest is UTF-8; to leave out its damaged bytes: {source}iconv -c -f utf-8 {files}"
     # Latin-1 has control characters where Windows-1252 has quotation marks.
     encoding = "cp1252" if re.search(b"[\x80-\x9f]", around) else "latin1"
-    return f"if it is {encoding}, run: iconv -f {encoding} {files}; else name its encoding after -f"
+    return f"if it is {encoding}, run: {source}iconv -f {encoding} {files}; else name its encoding after -f"
 
 
 def decode_text(path: Path, data: bytes, offset: int = 0) -> str:

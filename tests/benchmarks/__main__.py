@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.benchmarks.figures import header, write_json
 from utils.command_line import ArgumentParser, Unfinished, run_script
 
-PARTS = ("step", "generate", "hellaswag", "shards", "loader", "loss", "decode", "recompute", "cuda")
+PARTS = ("step", "generate", "hellaswag", "shards", "loader", "loss", "decode", "recompute", "recipe", "cuda")
 
 
 def main(argv: list[str] | None = None) -> int:

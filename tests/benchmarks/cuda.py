@@ -7,6 +7,7 @@ right; missed bars do not change it, nor do parts that only measure.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -75,6 +76,13 @@ def sampling_speed(figures: Figures, num_texts: int) -> float:
 def hellaswag_seconds(figures: Figures) -> float:
     """Seconds for all examples."""
     return figures["examples"] / figures["examples_per_second"]
+
+
+def share_of_tokens(figures: Figures) -> float:
+    """Tokens of the fast recipe for the loss of the faithful one, as a share of its tokens."""
+    if (shares := figures["share_of_tokens"]) is None:
+        raise LookupError("a seed has not reached the loss")
+    return shares["highest"]
 
 
 class Bar(NamedTuple):
@@ -164,7 +172,16 @@ PARTS = {
         proves=False,
         bars=[Bar("seconds for all examples", hellaswag_seconds, "at most", 5.0)],
     ),
+    "recipe": Part(
+        command="tests.benchmarks recipe",
+        flags="--part 124M --seeds 1337",
+        toy_flags="--part 124M --seeds 1337 --toy",
+        seconds=TIME_LIMIT,
+        proves=False,
+        bars=[Bar("tokens / faithful, to its loss", share_of_tokens, "at most", 0.5)],
+    ),
 }
+DEFAULT_PARTS = [name for name in PARTS if name != "recipe"]  # which takes the whole time limit
 
 
 def run_limited(command: list[str], limit: float, log_path: Path, **environment: str) -> int | None:
@@ -231,7 +248,11 @@ def run_part(part: Part, limit: float, args: Namespace) -> Figures:
 def add_arguments(parser: ArgumentParser) -> None:
     """The flags of `python -m tests.benchmarks cuda`."""
     add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    add("--parts", nargs="+", choices=PARTS, default=DEFAULT_PARTS, help="parts to run")
+    help = "run the part recipe alone: the fast recipe against the faithful one, 124M"
+    add(
+        "--recipe", dest="parts", action="store_const", const=["recipe"], default=argparse.SUPPRESS, help=help
+    )
     add("--toy", action="store_true", help="tiny sizes, which a CPU can run as well: proves the command only")
     add("--hellaswag-dir", type=Path, metavar="DIR", help="default: $HELLASWAG_DIR, else hellaswag/")
     add("--commit", help="commit that is measured; default: that of git")

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import gzip
+import json
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.shards.test_build import blocks_of, build, expected_tokens, tokens_of, write_parquet
+from tests.shards.test_build import (
+    blocks_of,
+    build,
+    expected_tokens,
+    make_documents,
+    tokens_of,
+    write_jsonl,
+    write_parquet,
+)
 from utils.command_line import UserError
 from utils.shards.documents import Position, parts_from, read_documents
 from utils.shards.local_files import LocalFiles
+from utils.shards.rows import array_elements
+from utils.text_files import open_unpacked
+
+
+def zstd(data: bytes) -> bytes:
+    """A frame of zstd."""
+    pa = pytest.importorskip("pyarrow")
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +62,30 @@ from utils.shards.local_files import LocalFiles
         ("a.parquet", gzip.compress(b"x"), r"a.parquet is gzip \(expected parquet\)"),
         ("a.jsonl.gz", b'{"text": "x"}\n', r"a.jsonl.gz is text \(expected gzip\)"),
         ("a.jsonl.gz", gzip.compress(b"\x89PNG"), r"holds a PNG picture inside gzip \(expected JSON lines\)"),
-        ("a.json", b'[{"text": "x"}]', r"a.json:1: list"),
+        ("a.jsonl", b'[{"text": "x"}]', r"a.jsonl:1: list"),
+        ("a.json", b'[{"text": "x"}, {"body": 1}]', r"a.json: element 2: no field 'text' \(found body\)"),
+        ("a.json", b' [\n{"text": "x"},\n{"text": 7}]', r"a.json: element 2: int in field 'text'"),
+        ("a.json", b'["x", 7]', r"a.json: element 2: int \(expected an object or a string\)"),
+        ("a.json", b'["x", {"text": "y" "z"}]', r"a.json: element 2: not JSON: Expecting ',' delimiter"),
+        ("a.json", b'["a\nb"]', r"a.json: element 1: not JSON: Invalid control character"),
+        ("a.json", b'["x" "y"]', r"a.json: element 1: not JSON: Extra data"),
+        ("a.json", b'["x", }, "y"]', r"a.json: element 2: not JSON"),
+        ("a.json", b'["x", "caf\xe9"]', r"a.json: element 2: not JSON: 'utf-8'"),
+        ("a.json", b'["x", "y"', r"a.json: the array has no end \(after 1 elements\)"),
+        ("a.json", b'["x", "y]\\', r"a.json: the array has no end"),
+        ("a.json", b'["x",, "y"]', r"a.json: element 2 is empty: a comma too many"),
+        ("a.json", b'["x",]', r"a.json: element 2 is empty"),
+        ("a.json", b'["x"]\n["y"]', r"""a.json: b'\["y"\]' after the end of the array \(1 elements\)"""),
+        ("a.json", b"[ ]", r"no documents"),
+        ("a.json", b'{"text": \n"x"}', r"a.json:1: not JSON"),
+        ("a.json.gz", gzip.compress(b"\xff\xfe[\0"), r"holds UTF-16 inside gzip \(expected JSON\)"),
+        ("a.json.gz", gzip.compress(b'["x", "y"]')[:-6], r"cannot read .*a.json.gz"),
+        ("a.jsonl.zst", b'{"text": "x"}\n', r"a.jsonl.zst is text \(expected zstd\)"),
+        ("a.jsonl.zst", zstd(b'{"text": "x"}\n{"x": 1}'), r"a.jsonl.zst:2: no field 'text'"),
+        ("a.jsonl.zst", zstd(b'{"text": "some words"}\n')[:-3], r"cannot read .*zst: Truncated"),
+        ("a.txt.gz", gzip.compress(b"some words")[:-5], r"cannot read .*a.txt.gz"),
+        ("a.txt.gz", gzip.compress(b"caf\xe9"), r"byte 0xe9 at offset 3 is not UTF-8"),
+        ("a.txt.zst", zstd(b"%PDF-1.4"), r"a.txt.zst holds a PDF inside zstd \(expected UTF-8 text\)"),
         ("a.jsonl", b'{"a\\nb\\u001b": "x"}', r"no field 'text' \(found 'a\\nb\\x1b'\)"),
         ("a.doc", b"x", r"is not a corpus file \(expected .parquet"),
     ],
@@ -48,13 +97,96 @@ def test_an_error_in_the_input_is_reported_with_its_place(tmp_path, name, conten
         build(tmp_path / "out", tmp_path / name)
 
 
-def test_the_hint_for_a_json_array_makes_lines_of_it(tmp_path):
-    """One element a line, by jq, into a file that is not there yet."""
-    path = tmp_path / "a.json"
-    path.write_text('[\n{"text": "x"},\n{"text": "y"}\n]')
-    with pytest.raises(UserError, match="a.json:1: not JSON") as caught:
+@pytest.mark.parametrize("suffix", [".jsonl", ".NDJSON.gz"])
+def test_the_hint_for_an_array_under_another_name_is_true_when_followed(tmp_path, suffix):
+    """Its name decides how a file is read: it is renamed, to a name that is free, and read."""
+    path = tmp_path / f"my data{suffix}"
+    path.write_bytes(PACK.get(path.suffix, bytes)(b'[\n{"text": "x"},\n{"text": "y"}\n]'))
+    with pytest.raises(UserError, match=":1: not JSON") as caught:
         blocks_of(path)
-    assert caught.value.hint == f"of an array, run: jq -c '.[]' < {path} > {path}l; then use {path}l"
+    command = caught.value.hint.removeprefix("if it is one array, run: ").split("; then use ")[0]
+    subprocess.run(command, shell=True, check=True)
+    new = Path(shlex.split(command)[-1])
+    assert np.array_equal(blocks_of(new)[0].tokens, expected_tokens(["x", "y"]))
+
+
+@pytest.mark.parametrize("pack", PACK)
+@pytest.mark.parametrize("form", ["lines", "one line", "indented", "strings", "lines of an array"])
+def test_json_is_read_however_it_is_written(tmp_path, monkeypatch, pack, form):
+    """An array or lines, packed or not, in parts of a few hundred bytes; continued from any part."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 700)
+    documents = [*make_documents(40), 'quotes " and \\ and [brackets], {too}', "", "é 漢 \u2028 \\" * 300]
+    records = [{"id": [1, {"x": "]"}], "text": text, "tags": ["a", "b"]} for text in documents]
+    data = {
+        "lines": "\n".join(json.dumps(record) for record in records),
+        "one line": json.dumps(records),
+        "indented": "\ufeff\n " + json.dumps(records, indent=2, ensure_ascii=False) + "\r\n\n",
+        "strings": json.dumps(documents, ensure_ascii=False),
+        "lines of an array": "[\n" + ",\r\n".join(json.dumps(record) for record in records) + "]",
+    }[form]
+    path = tmp_path / f"a.json{pack}"
+    path.write_bytes(PACK[pack](data.encode()))
+    blocks = blocks_of(path)
+    assert len(blocks) > 5
+    expected = expected_tokens(documents)
+    assert np.array_equal(np.concatenate([block.tokens for block in blocks]), expected)
+    for i in range(1, len(blocks), 3):
+        rest = np.concatenate([block.tokens for block in blocks_of(path, blocks[i].start)])
+        assert np.array_equal(rest, expected[sum(len(block.tokens) for block in blocks[:i]) :])
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2, 3, 5, 1000])
+def test_an_array_is_divided_alike_wherever_a_read_ends(tmp_path, num_bytes):
+    """In the middle of an escape, of a character, of a run of escapes longer than is matched at once."""
+    texts = ["\\" * 3000, '\\"' * 5, "漢\n" * 3, "[,]{}", ""]
+    elements = [json.dumps(text, ensure_ascii=False).encode() for text in texts] + [b'{"a": [1, [2, "]"]]}']
+    path = tmp_path / "a.json"
+    path.write_bytes(b"[" + b" ,\n".join(elements) + b"\n]")
+    with open_unpacked(path) as file:
+        assert list(array_elements(path, file, num_bytes, 10_000)) == elements
+
+
+@pytest.mark.parametrize("pack", [".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_packed_file_has_the_tokens_of_what_it_holds(tmp_path, monkeypatch, pack, kind):
+    """Of several members or frames, one of them to be skipped; the same from any part on, and by a build."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 900)
+    documents = [text.strip() + "\n" for text in make_documents(40) if text.strip()]
+    plain = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write_jsonl(plain, documents)
+    else:
+        plain.write_text("\ufeff" + "<|endoftext|>\n".join(documents), encoding="utf-8", newline="")
+    data = plain.read_bytes()
+    path = tmp_path / f"a.{kind}{pack}"
+    skipped = b"\x50\x2a\x4d\x18\x03\0\0\0abc" if pack == ".zst" else b""
+    path.write_bytes(skipped + PACK[pack](data[:5000]) + PACK[pack](data[5000:]))
+    expected = expected_tokens(documents)
+    blocks = blocks_of(path)
+    assert len(blocks) > 5
+    assert np.array_equal(np.concatenate([block.tokens for block in blocks]), expected)
+    if kind == "txt":  # the same parts, too
+        assert [block[:3] for block in blocks] == [block[:3] for block in blocks_of(plain)]
+    for i in range(1, len(blocks)):
+        rest = np.concatenate([block.tokens for block in blocks_of(path, blocks[i].start)])
+        assert np.array_equal(rest, expected[sum(len(block.tokens) for block in blocks[:i]) :])
+    build(tmp_path / "out", path, **{"shard-tokens": 1000, "max-shards": 2})
+    build(tmp_path / "out", path, **{"shard-tokens": 1000})
+    assert np.array_equal(tokens_of(tmp_path / "out"), expected)
+
+
+@pytest.mark.parametrize(("name", "unpack"), [("a.txt.gz", "gunzip -c"), ("b.jsonl.zst", "unzstd -c")])
+def test_the_hint_for_a_packed_text_of_another_encoding_unpacks_it_first(tmp_path, name, unpack):
+    """iconv cannot read what is packed; where the commands are installed, they make a readable file."""
+    path = tmp_path / name
+    path.write_bytes(PACK[path.suffix](b'{"text": "caf\xe9"}'))
+    with pytest.raises(UserError, match="0xe9") as caught:
+        blocks_of(path)
+    command = caught.value.hint.removeprefix("if it is latin1, run: ").split("; else")[0]
+    assert command.startswith(f"{unpack} < {path} | iconv -f latin1 -t utf-8 > ")
+    if shutil.which(unpack.split()[0]) and shutil.which("iconv"):
+        subprocess.run(command, shell=True, check=True)
+        assert len(blocks_of(Path(shlex.split(command)[-1]))) == 1
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
@@ -68,16 +200,21 @@ def test_byte_order_marks_crlf_and_blank_lines_change_nothing(tmp_path, suffix):
     assert np.array_equal(tokens, expected_tokens(["some words", "more"]))
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst", "a.json", "a.json.zst"]
+)
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, name):
     """As that of a compressed file of a few bytes may be; with the limit. A line within it is read."""
     monkeypatch.setattr("utils.shards.documents.PART_BYTES", 1000)
     monkeypatch.setattr("utils.shards.documents.SEARCH_BYTES", 100)
     monkeypatch.setattr("utils.shards.documents.MAX_LINE_BYTES", 20_000)
     for length in (19_000, 60_000):
-        data = b"x" * length if name == "a.txt" else b'{"text": "%s"}' % (b"x" * length)
-        data = b"before \n" + data if name == "a.txt" else b'{"text": "before"}\n' + data
-        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        before = {"t": b"before \n", "j": b'["before",'}[name[2]]
+        data = before + b"x" * length if name[2] == "t" else before + b'{"text": "%s"}]' % (b"x" * length)
+        if "jsonl" in name:
+            data = b'{"text": "before"}\n{"text": "%s"}' % (b"x" * length)
+        path = tmp_path / name
+        path.write_bytes(PACK.get(path.suffix, bytes)(data))
         if length < 20_000:
             assert sum(len(block.tokens) for block in blocks_of(tmp_path / name)) > 1000
     with pytest.raises(UserError, match=r"at most 20,000 bytes") as caught:
@@ -115,14 +252,14 @@ def latin_1_strings() -> object:
 
 
 def test_a_missing_column_and_a_null_are_reported(tmp_path):
-    """With the existing columns, the row of the null, the rows around bytes that are not UTF-8."""
+    """With the existing columns, the row of the null, and that of bytes that are not UTF-8."""
     path = write_parquet(tmp_path / "a.parquet", ["x", "y"])
     with pytest.raises(UserError, match=r"no column 'body' \(found id, text\)"):
         build(tmp_path / "out", path, **{"text-field": "body"})
     with pytest.raises(UserError, match=r"'id' holds int64"):
         build(tmp_path / "out", path, **{"text-field": "id"})
     path = write_parquet(tmp_path / "c.parquet", latin_1_strings())
-    with pytest.raises(UserError, match="c.parquet: rows 0 to 2: a text is not UTF-8"):
+    with pytest.raises(UserError, match="c.parquet: row 1: a text is not UTF-8"):
         build(tmp_path / "out", path)
     path = write_parquet(tmp_path / "b.parquet", ["x"] * 9 + [None])
     part = list(parts_from(LocalFiles([path]), "text", Position()))[-1]

@@ -120,10 +120,10 @@ def test_a_folder_that_cannot_be_read_is_an_error(corpus, monkeypatch):
     [
         ("a.md", b"text", r"a.md is not a corpus file \(expected .parquet", "rename it"),
         (
-            "a.txt.gz",
+            "a.md.gz",
             b"\x1f\x8b\x08",
-            r"a.txt.gz is gzip \(expected .parquet",
-            "gunzip -c < .*a.txt.gz > .*a.txt;",
+            r"a.md.gz is gzip \(expected .parquet",
+            "gunzip -c < .*a.md.gz > .*a.md;",
         ),
         ("data", b"PAR1", r"data is parquet \(expected", "mv .*data .*data.parquet"),
     ],

@@ -1,4 +1,4 @@
-"""Shards of other tokenizers: a BPE trained on the corpus, a tokenizer.json; what a build checks of them."""
+"""Shards of other tokenizers: a BPE trained on the corpus, a tokenizer.json, and what a build checks."""
 
 from __future__ import annotations
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+import build_fineweb_edu_shards
 from tests.conftest import FileServer
-from tests.shards.test_build import build, tokens_of
+from tests.shards.test_build import build, make_documents, tokens_of, write_jsonl, write_parquet
+from tests.shards.test_documents import zstd
+from tests.small_runs import Killed, assert_same_run, kill_in_update, train
 from utils.command_line import UserError
 from utils.distributed import Distributed
 from utils.tokenizer import gpt2_encoding
@@ -107,8 +111,10 @@ STORIES = [
 def write_stories(path: Path, kind: str) -> Path:
     """The same documents in a file of any kind; those of text end in a line break."""
     lines = "".join(json.dumps({"id": 1, "text": text}) + "\n" for text in STORIES).encode()
-    if kind == "jsonl.gz":
-        lines = gzip.compress(lines)
+    if kind == "array":
+        lines = json.dumps([{"text": STORIES[0]}, *STORIES[1:]], indent=1).encode()
+    elif kind in ("jsonl.gz", "jsonl.zst"):
+        lines = (zstd if kind == "jsonl.zst" else gzip.compress)(lines)
     elif kind == "parquet":
         pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
         pq.write_table(pa.table({"id": range(len(STORIES)), "text": STORIES}), path, row_group_size=2)
@@ -120,6 +126,7 @@ def write_stories(path: Path, kind: str) -> Path:
             kind, text
         )
         lines = (b"\xef\xbb\xbf" if "mark" in kind else b"") + text.encode()
+        lines = {".gz": gzip.compress, ".zst": zstd}.get(path.suffix, bytes)(lines)
     path.write_bytes(lines)
     return path
 
@@ -134,12 +141,13 @@ def tokens_of_data(path: Path, name: str = "gpt2") -> tuple[list[int], Data]:
 
 @pytest.mark.parametrize(
     "kind",
-    ["text", "text, CRLF", "text, mark", "text, first", "text, last", "jsonl", "jsonl.gz", "JSONL", "json",
-     "parquet"],
+    ["text", "text, CRLF", "text, mark", "text, first", "text, last", "text.gz", "text.zst", "jsonl",
+     "jsonl.gz", "jsonl.zst", "JSONL", "json", "array", "parquet"],
 )  # fmt: skip
 def test_the_trainer_reads_the_documents_of_the_shard_builder(tmp_path, kind, capsys):
     """The same ids in the same order, for every format; what of a record is not used is said."""
-    path = write_stories(tmp_path / f"a.{'txt' if kind.startswith('text') else kind}", kind)
+    suffix = {"text.gz": "txt.gz", "text.zst": "txt.zst", "array": "json"}.get(kind, kind)
+    path = write_stories(tmp_path / f"a.{'txt' if suffix.startswith('text') else suffix}", kind)
     build(tmp_path / "out", path)
     capsys.readouterr()
     tokens, data = tokens_of_data(path)
@@ -205,3 +213,119 @@ def test_a_missing_field_names_the_builders_flag(tmp_path):
     with pytest.raises(UserError, match=r"a.jsonl:1: no field 'text' \(found body\)") as caught:
         tokens_of_data(tmp_path / "a.jsonl")
     assert "build_fineweb_edu_shards.py --text-field NAME" in caught.value.hint
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["gpt2", "char"])
+def test_a_packed_text_has_the_ids_of_the_text(tmp_path, monkeypatch, suffix, name):
+    """Also of several parts, and one without separator lines."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 500)
+    text = "\ufeff" + "\n".join(make_documents(20))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8", newline="")
+    packed = tmp_path / f"a.txt{suffix}"
+    packed.write_bytes((zstd if suffix == ".zst" else gzip.compress)(text.encode()))
+    tokens, data = tokens_of_data(tmp_path / "a.txt", name)
+    packed_tokens, packed_data = tokens_of_data(packed, name)
+    assert packed_tokens == tokens and packed_data.train.fingerprint() == data.train.fingerprint()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A folder of texts
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch) -> Path:
+    """A folder with files of every kind, one of them in several parts, and some that are left out."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 500)
+    folder = tmp_path / "my data"
+    (folder / "sub").mkdir(parents=True)
+    write_jsonl(folder / "b.jsonl", make_documents(9))
+    (folder / "c.jsonl.zst").write_bytes(zstd(b'{"text": "packed words"}\n' * 9))
+    write_parquet(folder / "sub" / "d.parquet", make_documents(9, seed=1))
+    (folder / "a.TXT").write_text("A long text of many words. " * 200 + "\n<|endoftext|>\nAnother one")
+    (folder / "z.txt").write_text("The last one")
+    (folder / "notes.docx").touch()
+    (folder / ".hidden.txt").write_text("hidden")
+    return folder
+
+
+def test_a_folder_of_texts_has_the_ids_of_its_shards(corpus, tmp_path, capsys):
+    """All files that the builder takes, in its order; what is left out is said as it says it."""
+    build(tmp_path / "out", corpus)
+    left_out = capsys.readouterr().out.splitlines()[0]
+    assert "1 hidden (.hidden.txt), 1 of other kinds (notes.docx)" in left_out
+    tokens, data = tokens_of_data(corpus)
+    output = capsys.readouterr()
+    assert tokens == tokens_of(tmp_path / "out").tolist()
+    assert output.out.splitlines() == [left_out.replace("--input", "--data")]
+    assert "only the field 'text' is used" in output.err
+    assert data.reason == f"--data, {tokens.count(50256)} documents"
+    assert data.train.num_tokens == int(0.9 * len(tokens))
+
+
+def test_a_character_model_gets_the_texts_of_a_folder_joined_by_blank_lines(tmp_path, monkeypatch, capsys):
+    """A text of several parts is not divided."""
+    monkeypatch.setattr("utils.shards.documents.PART_BYTES", 50)
+    (tmp_path / "b.txt").write_text("one two three " * 40 + "\n")
+    (tmp_path / "a.txt").write_text("four five")
+    tokens, data = tokens_of_data(tmp_path, "char")
+    assert data.tokenizer.decode(tokens) == "four five\n\n" + "one two three " * 40
+    assert "joined by blank lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "0.ds", "train.bin", "val.bin", "manifest.json"])
+def test_a_folder_with_token_files_is_not_read_as_texts(corpus, name):
+    """Not even if they are incomplete: nanoGPT's folders hold the text as well, and a README is no corpus."""
+    assert choose_source(str(corpus)).kind == "texts"
+    (corpus / name).touch()
+    assert choose_source(str(corpus)).kind == "shards"
+
+
+def test_a_folder_that_is_too_large_gets_the_command_that_builds_its_shards(corpus, tmp_path, monkeypatch):
+    """Which works when it is followed as printed: a new folder, although one of that name is there."""
+    (tmp_path / "my data_shards").mkdir()
+    size = sum(len(text) for text in read_all(corpus))
+    monkeypatch.setattr(data_source, "MAX_CHARACTERS", size)
+    tokens, _ = tokens_of_data(corpus)
+    monkeypatch.setattr(data_source, "MAX_CHARACTERS", size - 1)
+    with pytest.raises(UserError, match=f"my data has more than {size - 1:,} characters") as caught:
+        tokens_of_data(corpus)
+    command, flag = caught.value.hint.removeprefix("make shards of its texts: ").split("; then ")
+    _, script, *arguments = shlex.split(command)
+    assert script == "build_fineweb_edu_shards.py"
+    assert build_fineweb_edu_shards.main([*arguments, "--num-workers", "1"]) == 0
+    new = Path(shlex.split(flag)[1])
+    assert new == tmp_path / "my data_shards_2"
+    assert sorted(tokens_of_data(new)[0]) == sorted(tokens)  # val comes first there
+
+
+def read_all(folder: Path) -> list[str]:
+    """The documents of a folder."""
+    return data_source.read_folder(folder, ALONE)
+
+
+def test_an_unusable_file_in_a_folder_is_named_with_the_trainers_flag(corpus):
+    """There is no --input."""
+    (corpus / "empty.txt").touch()
+    with pytest.raises(UserError, match=r"empty.txt is empty \(0 bytes\)") as caught:
+        tokens_of_data(corpus)
+    assert caught.value.hint == "remove it from --data"
+
+
+def test_a_run_on_a_folder_of_texts_resumes_bitwise(tmp_path, monkeypatch, no_pictures):
+    """Killed and resumed, it ends with the same bits; a new file in the folder is other data."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.txt").write_text(f"The quick brown fox number {number}. " * 40)
+    assert train(folder, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        kill_in_update(patch, 11)
+        with pytest.raises(Killed):
+            train(folder, tmp_path / "log")
+    (folder / "5.txt").write_text("fox")
+    with pytest.raises(UserError, match="made on other data"):
+        train(folder, tmp_path / "log", "--resume")
+    (folder / "5.txt").unlink()
+    assert train(folder, tmp_path / "log", "--resume") == 0
+    assert_same_run(tmp_path / "log", tmp_path / "whole")

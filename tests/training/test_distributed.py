@@ -21,6 +21,7 @@ from utils.command_line import UserError
 from utils.distributed import Distributed, join_job
 
 DRIVER = Path(__file__).with_name("ddp_driver.py")
+MUON = ("--optimizer", "muon", "--schedule", "linear")
 SETTINGS = (
     *(*TINY, "--micro-batch", "2", "--total-batch-tokens", "128", "--max-steps", "20", "--warmup-steps", "2"),
     *("--val-every", "5", "--sample-every", "0", "--checkpoint-every", "3"),
@@ -196,10 +197,18 @@ def test_a_signal_to_one_process_stops_all_ranks_after_saving(target, short_text
     assert (tmp_path / "log.txt").read_bytes() == (jobs[2] / "log.txt").read_bytes()
 
 
-@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_killed_job_is_resumed_bitwise(num_ranks, short_text, tmp_path):
+@pytest.mark.parametrize(
+    ("num_ranks", "recipe"),
+    [
+        pytest.param(2, (), marks=pytest.mark.slow),
+        (3, ()),
+        pytest.param(1, MUON, marks=pytest.mark.slow),
+        pytest.param(2, MUON, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_job_is_resumed_bitwise(num_ranks, recipe, short_text, tmp_path):
     """Log, weights and moments; with 3 ranks DDP's rebuilt buckets would change the order of the sums."""
-    flags = ("--total-batch-tokens", "96", "--micro-batch", "1", "--max-steps", "10")
+    flags = ("--total-batch-tokens", "96", "--micro-batch", "1", "--max-steps", "10", *recipe)
     whole = finished(num_ranks, short_text, tmp_path / "whole", *flags)
     process = torchrun(num_ranks, short_text, tmp_path / "killed", *flags, FAULT="kill@5:0")
     finish(process)
@@ -208,6 +217,14 @@ def test_a_killed_job_is_resumed_bitwise(num_ranks, short_text, tmp_path):
     for name in ("model_00010.pt", "optimizer_00010.pt"):
         ours, theirs = tensors_of(tmp_path / "killed" / name), tensors_of(whole / name)
         assert all(torch.equal(ours[place], theirs[place]) for place in theirs)
+        assert any(".muon." in place for place in theirs) is (recipe == MUON and name.startswith("optimizer"))
+
+
+@pytest.mark.slow
+def test_ranks_with_muon_give_the_losses_of_one_process(short_text, tmp_path):
+    """Each rank orthogonalises the same summed gradients: 20 steps of 1 and 2 ranks agree to 1e-4."""
+    one, two = (finished(n, short_text, tmp_path / str(n), *MUON) for n in (1, 2))
+    assert_same_losses(two, one)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def plan_of(log_dir: Path, **changes: Any) -> Plan:
     """The plan of 100 steps of 2 micro-steps of 4 rows of 16 tokens with a tiny model."""
     settings = dict(micro_batch=4, seq_len=16, total_batch_tokens=128, max_steps=100, log_dir=log_dir)
     settings.update(val_every=25, val_tokens=1600, checkpoint_every=30, keep_checkpoints=2, keep_every=60)
-    settings.update(cost_per_hour=None)
+    settings.update(cost_per_hour=None, optimizer="adamw")
     val = Namespace(num_val_windows=lambda num_tokens: num_tokens // 16)
     args = Namespace(**{**settings, **changes})
     return Plan(args, GPT(tiny_config()), Namespace(), val, 2, Distributed(CPU), {})
@@ -218,25 +218,26 @@ def test_a_model_that_cannot_fit_is_reported_within_seconds(tmp_path):
 
 def memory_of_a_run(**changes: Any) -> tuple[Namespace, int]:
     """Arguments of a run with the tiny model, and the bytes that it needs at least."""
-    settings = dict(seq_len=16, micro_batch=4, eval_only=False, dry_run=True)
+    settings = dict(seq_len=16, micro_batch=4, eval_only=False, dry_run=True, optimizer="adamw")
     args = Namespace(**{**settings, **changes})
     return args, least_bytes(GPT(tiny_config()), args)
 
 
 @pytest.mark.parametrize(
-    ("changes", "bytes_a_parameter", "activations"),
+    ("changes", "bytes_a_parameter", "others"),
     [
         ({}, 16, 4 * 16 * 2 * 32 * 4),  # B T L C, float32
         ({"micro_batch": "auto"}, 16, 1 * 16 * 2 * 32 * 4),
+        ({"optimizer": "muon"}, 16, 4 * 16 * 2 * 32 * 4 - 24_576 * 4),  # a matrix has one moment
         ({"eval_only": True}, 4, 4 * 16 * 8),  # no gradients: only the token ids are certain
     ],
 )
 def test_a_model_fits_if_its_state_and_one_activation_a_layer_do(
-    changes, bytes_a_parameter, activations, monkeypatch
+    changes, bytes_a_parameter, others, monkeypatch
 ):
     """float32 parameters, gradients and two moments; a model that does not fit takes no memory."""
     args, needed = memory_of_a_run(**changes)
-    assert needed == bytes_a_parameter * GPT(tiny_config()).num_parameters() + activations
+    assert needed == bytes_a_parameter * GPT(tiny_config()).num_parameters() + others
     for memory, fits in ((needed, True), (needed - 1, False), (None, True)):
         monkeypatch.setattr(model_source, "memory_bytes", lambda device, memory=memory: memory)
         outline = outline_if_too_large(lambda: GPT(tiny_config()), args, Distributed(CPU))

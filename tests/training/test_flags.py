@@ -25,6 +25,7 @@ from utils.training.flags import (
 )
 from utils.training.model_source import check_typed
 
+FAST = ["--recipe", "fast"]
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 GRAD_CLIP_LINE = next(line for line in SOURCE.splitlines() if '"--grad-clip"' in line)
 
@@ -53,6 +54,26 @@ def test_learning_rate_table(step, expected):
 def test_learning_rate_without_warmup_starts_at_the_maximum():
     """Without a division by zero."""
     assert train_gpt.learning_rate_for(0, warmup_steps=0, max_steps=10) == train_gpt.MAX_LR
+
+
+@pytest.mark.parametrize(
+    ("step", "factor"),
+    [(0, 0.1), (9, 1), (10, 1), (20, 1), (21, 79 / 80), (60, 0.5), (99, 1 / 80), (100, 0), (150, 0)],
+)
+def test_the_linear_schedule_is_constant_and_then_falls_to_zero(step, factor):
+    """In the last 80 of 100 steps; the last update still has a rate, and none follows."""
+    rate = train_gpt.learning_rate_for(step, 0.5, 0.1, 10, 100, "linear", 0.8)
+    assert rate == pytest.approx(0.5 * factor)
+
+
+@pytest.mark.parametrize(("warmup_steps", "decay_fraction"), [(0, 1.0), (30, 1.0), (100, 0.5)])
+def test_the_linear_schedule_has_no_jump_where_decay_would_begin_in_the_warmup(warmup_steps, decay_fraction):
+    """Then it begins after the warmup, from the peak."""
+    schedule = (0.5, 0.1, warmup_steps, 100, "linear", decay_fraction)
+    rates = [train_gpt.learning_rate_for(step, *schedule) for step in range(101)]
+    assert max(rates) == 0.5 and rates[100] == 0
+    down = [before - after for before, after in zip(rates[warmup_steps:-1], rates[warmup_steps + 1 : -1])]
+    assert down == pytest.approx([0.5 / max(1, 100 - warmup_steps)] * len(down))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,6 +209,33 @@ def test_without_a_preset_device_and_data_decide(tmp_path, monkeypatch):
     assert train_gpt.read_arguments(["--preset", "char"])[1] == "--preset"
 
 
+def test_flags_override_the_recipe_and_the_recipe_the_preset():
+    """faithful, the default, changes no preset; fast changes each, and nothing that the model or data are."""
+    for preset, changes in train_gpt.RECIPES["fast"].items():
+        flags = ["--preset", preset]
+        faithful, fast = (vars(train_gpt.read_arguments([*flags, *more])[0]) for more in ([], FAST))
+        assert faithful == vars(train_gpt.read_arguments([*flags, "--recipe", "faithful"])[0]) | {
+            "typed": ["preset"]
+        }
+        assert (faithful["optimizer"], faithful["schedule"]) == ("adamw", "cosine")
+        differing = {name for name in fast if fast[name] != faithful[name]} - {"typed", "recipe"}
+        assert {"optimizer", "schedule", "max_steps"} <= differing <= {*changes, "min_lr"}
+        assert fast["max_steps"] < faithful["max_steps"]
+        sizes = {"n_layer", "n_head", "n_embd", "seq_len", "tokenizer"}
+        assert not sizes & changes.keys()
+    assert train_gpt.RECIPES["fast"].keys() == train_gpt.PRESETS.keys()
+    flags = ["--preset", "tiny", *FAST, "--max-lr", "0.5", "--optimizer", "adamw", "--muon-lr", "0.1"]
+    args = train_gpt.read_arguments(flags)[0]
+    assert (args.max_lr, args.optimizer, args.muon_lr, args.schedule) == (0.5, "adamw", 0.1, "linear")
+
+
+def test_a_recipe_cannot_set_a_flag_that_does_not_exist():
+    """A typing error in the table of recipes fails at once."""
+    script = script_from(SOURCE.replace('MUON = dict(optimizer="muon"', 'MUON = dict(optimiser="muon"'))
+    with pytest.raises(AssertionError, match="preset tiny sets a flag that does not exist"):
+        script.read_arguments(["--preset", "tiny", *FAST])
+
+
 def test_a_preset_cannot_set_a_flag_that_does_not_exist():
     """A typing error in the table of presets fails at once."""
     script = script_from(SOURCE.replace("dict(\n        n_layer=4,", "dict(\n        num_layers=4,"))
@@ -231,6 +279,7 @@ def test_preset_char_is_small():
         (["--warmup-steps", "20000"], "--warmup-steps 20000 is more than --max-steps 19073"),
         (["--min-lr", "1"], "--min-lr 1 is above --max-lr 0.0006"),
         (["--seed", "5000000000"], "--seed 5000000000 is not below 2..32"),
+        (["--decay-fraction", "1.5"], "--decay-fraction 1.5 is above 1"),
     ],
 )
 def test_inconsistent_settings_are_reported_with_their_numbers(arguments, message):
@@ -318,6 +367,10 @@ def test_a_mirror_that_is_not_installed_is_an_error_before_the_first_step(flag, 
         (("--hellaswag-examples", "5"), "--hellaswag-examples (with --hellaswag-every 0)"),
         (("--cost-per-hour", "3"), "--cost-per-hour (without --dry-run)"),
         (("--max-lr", "1", "--eval-only"), "--max-lr (with --eval-only)"),
+        (("--muon-lr", "0.1"), "--muon-lr (with --optimizer adamw)"),
+        (("--decay-fraction", "0.5"), "--decay-fraction (with --schedule cosine)"),
+        (("--min-lr", "0", "--recipe", "fast"), "--min-lr (with --schedule linear)"),
+        (("--muon-lr", "0.1", "--decay-fraction", "0.5", "--recipe", "fast"), None),
         (("--sample-every", "2", "--sample-prompt", "x"), None),
         (("--cost-per-hour", "3", "--dry-run"), None),
     ],

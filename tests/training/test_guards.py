@@ -138,12 +138,13 @@ def test_samples_of_a_model_with_non_finite_logits_are_skipped(text_file, tmp_pa
     assert "generation skipped: non-finite logits" in capsys.readouterr().out
 
 
-def test_an_infinite_norm_in_fp16_is_counted_and_logged_as_null(tmp_path):
-    """The scaler skips such an update, so it counts as skipped; JSON has no infinity."""
+def test_an_infinite_norm_in_fp16_is_skipped_counted_and_logged_as_null(tmp_path):
+    """It is no spike, so it never ends a run as too many of them do; JSON has no infinity."""
     spikes = SpikeFilter(0.0)
-    assert spikes.accepts(float("inf")) and spikes.num_skipped == 1
+    assert not spikes.accepts(float("inf")) and spikes.num_skipped == 1
     with RunLog(tmp_path, is_master=True) as log:
-        log.log_update(0, 1.0, float("inf"), 1e-3, Speed(1.0, 1.0, None, 1.0), spikes.num_skipped, 1)
+        speed = Speed(1.0, 1.0, None, 1.0)
+        log.log_update(0, 1.0, float("inf"), {"lr": 1e-3}, speed, spikes.num_skipped, 1)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = json.loads(line, parse_constant=lambda name: pytest.fail(name))
     assert record["norm"] is None and record["skipped"] == 1

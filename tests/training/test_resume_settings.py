@@ -118,9 +118,18 @@ def test_the_lists_name_flags_once():
 
 def test_what_changes_the_course_of_training_is_never_silent():
     """The recipe, the numerics and the amount of validation data warn; the order of the data is refused."""
-    assert set(REFUSED) == {"seq_len", "seed", "shuffle"}
-    recipe = ("max_steps", "warmup_steps", "max_lr", "min_lr", "weight_decay", "grad_clip", "skip_spikes")
-    others = ("micro_batch", "total_batch_tokens", "dtype", "deterministic", "val_tokens")
+    assert set(REFUSED) == {"seq_len", "seed", "shuffle", "optimizer", "recipe"}
+    recipe = ("max_steps", "warmup_steps", "max_lr", "min_lr", "muon_lr", "schedule", "decay_fraction")
+    others = (
+        "weight_decay",
+        "grad_clip",
+        "skip_spikes",
+        "micro_batch",
+        "total_batch_tokens",
+        "dtype",
+        "deterministic",
+        "val_tokens",
+    )
     assert not {*recipe, *others} & {*REFUSED, *BY_CONTENT, *HARMLESS}
     assert {*recipe, *others} <= SETTINGS.keys()
 

@@ -17,7 +17,8 @@ def test_every_result_is_a_line_of_the_log_and_a_record(tmp_path, capsys):
     with RunLog(tmp_path, is_master=True) as log:
         log.log_start({"step": 0, "settings": {"seed": 1}}, tensorboard=False, wandb=False)
         log.log_validation(0, 10.98765, bytes_per_token=4.0, tokens=0, seconds=0.0)
-        log.log_update(0, 10.9, 1.25, 6e-4, Speed(0.5, 2000.0, 0.4, 130.0), num_skipped=3, memory=7)
+        rates = {"lr": 6e-4, "muon_lr": 0.02}
+        log.log_update(0, 10.9, 1.25, rates, Speed(0.5, 2000.0, 0.4, 130.0), num_skipped=3, memory=7)
         log.log_hellaswag(1, 1, 4)
         log.log_samples(1, ["one\ntwo", "three"])
     assert (tmp_path / "log.txt").read_text() == "0 val 10.9877\n0 train 10.900000\n1 hella 0.2500\n"
@@ -32,7 +33,10 @@ def test_every_result_is_a_line_of_the_log_and_a_record(tmp_path, capsys):
             tokens=0,
             seconds=0.0,
         ),
-        dict(kind="train", step=0, loss=10.9, lr=6e-4, norm=1.25, skipped=3, seconds=0.5, mfu=0.4, memory=7),
+        dict(
+            **dict(kind="train", step=0, loss=10.9, lr=6e-4, muon_lr=0.02, norm=1.25, skipped=3),
+            **dict(seconds=0.5, mfu=0.4, memory=7),
+        ),
         {"kind": "hella", "step": 1, "accuracy": 0.25, "correct": 1, "examples": 4},
     ]
     assert (tmp_path / "samples.txt").read_text() == (
@@ -79,7 +83,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
         log.say("x")
         log.log_start({"step": 0, "settings": {}}, tensorboard=True, wandb=True)
         log.log_validation(0, 1.0, 0.0, 0, 0.0)
-        log.log_update(0, 1.0, 1.0, 1.0, Speed(1.0, 1.0, None, 1.0), 0, 0)
+        log.log_update(0, 1.0, 1.0, {"lr": 1.0}, Speed(1.0, 1.0, None, 1.0), 0, 0)
         log.log_hellaswag(0, 1, 4)
         log.log_samples(0, ["x"])
         log.draw_curves()

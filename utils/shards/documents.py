@@ -2,28 +2,35 @@
 
 What a document is:
     .parquet            a row; its text is the column `--text-field`
-    .jsonl, .jsonl.gz   a line that is not blank; its text is the field of that name
+    .jsonl              a line that is not blank; its text is the field of that name
+    .json               the same, or an array: an element of it, an object with that field or a string
     .txt                the whole file, or the text between lines that read <|endoftext|>, unless blank
 
-`train_gpt.py --data` reads the same kinds of files, with the functions of this module.
+The last three may be packed: .gz, .zst. `train_gpt.py --data` reads the same kinds of files, with the
+functions of this module.
 
-A part is a few megabytes: rows of parquet, lines of jsonl, or a section of a text file that starts at white
-space after a word, where GPT-2's pattern always splits the text, so that the tokens are those of the whole
-document. Positions in a file count rows of parquet, bytes of .jsonl and .txt, lines of .jsonl.gz.
+A part is a few megabytes: rows of parquet or JSON, or a section of a text that starts at white space after a
+word, where GPT-2's pattern always splits the text, so that the tokens are those of the whole document.
+Positions in a file count rows of parquet, bytes of .jsonl and of text (unpacked), lines of packed JSON,
+elements of an array.
 """
 
-import gzip
-import json
 import re
-import zlib
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import accumulate, islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from utils.command_line import UserError
+from utils.shards.rows import (
+    TEXT_FIELD_HINT,
+    BadRow,
+    Span,
+    array_elements,
+    json_text,
+    parquet_rows,
+    parquet_spans,
+    too_long,
+)
 from utils.text_files import (
     MAX_LINE_BYTES,
     decode_text,
@@ -32,7 +39,9 @@ from utils.text_files import (
     free_name,
     kind_of_bytes,
     lines_of,
+    open_unpacked,
     quoted,
+    read_errors,
     wrong_kind,
 )
 from utils.tokenizer import END_OF_TEXT
@@ -41,12 +50,18 @@ PART_BYTES = 4 << 20  # text per part: large enough to hide the cost of sending 
 ROW_GROUP_BYTES = 32 << 20  # a larger row group is read by the parent process, a few rows at a time
 SEARCH_BYTES = 1 << 16  # read at a time in search of a place to cut
 
-KINDS = {".parquet": "parquet", ".jsonl": "jsonl", ".jsonl.gz": "jsonl.gz", ".txt": "text"}
+PACKED = {".gz": "gzip", ".zst": "zstd"}  # and what the first bytes show
+
+
+def _with_packed(kinds: dict[str, str]) -> dict[str, str]:
+    """The kinds, and their packed forms: ".txt" is "text", ".txt.gz" is "text.gz"."""
+    return {suffix + end: kind + end for suffix, kind in kinds.items() for end in ("", *PACKED)}
+
+
+KINDS = {".parquet": "parquet", **_with_packed({".jsonl": "jsonl", ".txt": "text"})}
 # Read only when named: in a folder, such a file often holds something else, as a description of the data.
-KINDS_IF_NAMED = {".json": "jsonl", ".ndjson": "jsonl", ".json.gz": "jsonl.gz", ".ndjson.gz": "jsonl.gz"}
-FIRST_BYTES = {"parquet": "parquet", "jsonl.gz": "gzip"}  # what they show of each kind; None of the others
+KINDS_IF_NAMED = _with_packed({".json": "json", ".ndjson": "jsonl"})
 TEXT_FIELD = "text"  # FineWeb-Edu's
-TEXT_FIELD_HINT = "name the one that contains the text: build_fineweb_edu_shards.py --text-field NAME"
 # A part may end after these. Text: a character that is not white space, before white space; '>' might end a
 # separator line and does not count.
 CUT_AFTER = {
@@ -56,7 +71,7 @@ CUT_AFTER = {
 SEPARATOR_LINE = re.compile(rf"^{re.escape(END_OF_TEXT)}\r?(?:\n|\Z)", re.MULTILINE)
 
 # Rough rates for the estimate before a build: file size by kind, and FineWeb-Edu's length of documents.
-BYTES_PER_TOKEN = {"parquet": 2.9, "jsonl": 4.5, "jsonl.gz": 1.7, "text": 4.5}
+BYTES_PER_TOKEN = {"": 4.5, ".gz": 1.7, ".zst": 1.6, "parquet": 2.9}  # by the end of the kind
 TOKENS_PER_DOCUMENT = 1030
 
 
@@ -73,7 +88,7 @@ class Part(NamedTuple):
 
     file: int
     path: Path
-    kind: str
+    kind: str  # "parquet", "text", "jsonl", "packed jsonl", "array": what `start` and `stop` count
     start: int
     stop: int
     data: bytes | None = None  # its content if only the parent process can read it
@@ -82,9 +97,6 @@ class Part(NamedTuple):
     def continues_document(self) -> bool:
         """Whether its first text continues the last document of the part before."""
         return self.kind == "text" and self.start > 0
-
-
-Span = tuple[int, int, bytes | None]  # start, stop and data of a Part
 
 
 class DocumentSource(Protocol):
@@ -114,23 +126,23 @@ def kind_of(path: Path) -> str | None:
     return next((kinds[suffix] for suffix in kinds if path.name.lower().endswith(suffix)), None)
 
 
+def is_text(kind: str) -> bool:
+    """Whether a file of this kind is a text, packed or not, rather than rows."""
+    return kind.startswith("text")
+
+
 def check_kind(path: Path, kind: str) -> None:
     """Raises UserError, with what the file is instead, if its first bytes are not those of its kind."""
     with read_errors(path):
         head = first_bytes(path)
-    if kind_of_bytes(head) != FIRST_BYTES.get(kind):
-        raise wrong_kind(path, head, FIRST_BYTES.get(kind, "UTF-8 text"))
+    expected = "parquet" if kind == "parquet" else PACKED.get(Path(kind).suffix)
+    if kind_of_bytes(head) != expected:
+        raise wrong_kind(path, head, expected or "UTF-8 text")
 
 
-@contextmanager
-def read_errors(path: Path) -> Iterator[None]:
-    """Turns what Python and pyarrow raise for a damaged file into UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
-        raise UserError(f"cannot read {path}: {error}", "is the file complete? copy it again") from error
+def bytes_per_token(kind: str) -> float:
+    """Roughly, of a file of this kind."""
+    return BYTES_PER_TOKEN["parquet" if kind == "parquet" else Path(kind).suffix]
 
 
 def parts_from(source: DocumentSource, text_field: str, position: Position) -> Iterator[Part]:
@@ -144,13 +156,34 @@ def parts_from(source: DocumentSource, text_field: str, position: Position) -> I
         check_kind(path, kind)
         with read_errors(path):
             if kind == "parquet":
-                spans = _parquet_spans(path, text_field, start)
-            elif kind == "jsonl.gz":
-                spans = _gzip_spans(path, start)
+                spans = parquet_spans(path, text_field, start, PART_BYTES, ROW_GROUP_BYTES)
             else:
-                spans = _byte_spans(path, CUT_AFTER[kind], start)
+                kind, spans = _spans(path, kind, start)
             for span in spans:
                 yield Part(index, path, kind, *span)
+
+
+def _spans(path: Path, kind: str, start: int) -> tuple[str, Iterator[Span]]:
+    """The kind of a file's parts, and the parts, from `start` on.
+
+    A packed file, and an array, can only be read from the beginning, so the parent process reads them.
+    """
+    content, packed = Path(kind).stem, Path(kind).suffix
+    with open_unpacked(path) as file:
+        head = file.read(1024)
+    if packed and (found := kind_of_bytes(head)):
+        expected = {"text": "UTF-8 text", "json": "JSON", "jsonl": "JSON lines"}
+        what = f"{path} holds {found} inside {PACKED[packed]} (expected {expected[content]})"
+        raise UserError(what, "unpack it, and give the files that are in it")
+    if content == "json":
+        if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return "array", _array_spans(path, start)
+        content = "jsonl"
+    if not packed:
+        return content, _byte_spans(path, CUT_AFTER[content], start)
+    if content == "text":
+        return "text", _packed_text_spans(path, start)
+    return "packed jsonl", _packed_line_spans(path, start)
 
 
 def _byte_spans(path: Path, cut_after: re.Pattern[bytes], start: int) -> Iterator[Span]:
@@ -172,27 +205,42 @@ def _find_cut(file: BinaryIO, cut_after: re.Pattern[bytes], target: int) -> int:
             return file.tell() - len(window) + match.end()
         if file.tell() - target > MAX_LINE_BYTES:
             place = "end of a line" if cut_after is CUT_AFTER["jsonl"] else "white space after a word"
-            raise _too_long(f"{file.name}: no {place} from byte {target:,} to byte {file.tell():,}")
+            raise _no_cut(file.name, place, target, file.tell())
     return file.tell()
 
 
-def _too_long(what: str) -> UserError:
-    return UserError(f"{what} (at most {MAX_LINE_BYTES:,} bytes)", "divide it into lines or documents")
+def _no_cut(name: Path | str, place: str, start: int, stop: int) -> UserError:
+    return too_long(f"{name}: no {place} from byte {start:,} to byte {stop:,}", MAX_LINE_BYTES)
 
 
-def _gzip_spans(path: Path, start: int) -> Iterator[Span]:
-    """Lines of a compressed file. It can only be read from its beginning, so the parent process does so."""
+def _packed_text_spans(path: Path, start: int) -> Iterator[Span]:
+    """The sections that the text would have if it were not packed."""
+    position, data = 0, b""
+    with open_unpacked(path) as file:
+        while more := file.read(PART_BYTES):
+            data += more
+            while match := CUT_AFTER["text"].search(data, PART_BYTES):
+                stop = position + match.end()
+                if stop > start:
+                    yield max(position, start), stop, data[max(0, start - position) : match.end()]
+                position, data = stop, data[match.end() :]
+            if len(data) > PART_BYTES + MAX_LINE_BYTES:
+                end = position + len(data)
+                raise _no_cut(path, "white space after a word", position + PART_BYTES, end)
+    if data and position + len(data) > start:
+        yield max(position, start), position + len(data), data[max(0, start - position) :]
+
+
+def _packed_line_spans(path: Path, start: int) -> Iterator[Span]:
     line = 0
-    with gzip.open(path, "rb") as file:
+    with open_unpacked(path) as file:
         while data := file.read(PART_BYTES):
-            if line == 0 and (kind := kind_of_bytes(data[:1024])):
-                what = f"{path} holds {kind} inside gzip (expected JSON lines)"
-                raise UserError(what, "unpack it, and give the files that are in it")
             rest = file.readline(MAX_LINE_BYTES + 1)
             data += rest
             stop = line + data.count(b"\n") + (not data.endswith(b"\n"))
             if len(rest) > MAX_LINE_BYTES:
-                raise _too_long(f"{path}:{stop}: a line of more than {MAX_LINE_BYTES:,} bytes")
+                what = f"{path}:{stop}: a line of more than {MAX_LINE_BYTES:,} bytes"
+                raise too_long(what, MAX_LINE_BYTES)
             if line < start < stop:
                 data = data.split(b"\n", start - line)[-1]
             if stop > start:
@@ -200,137 +248,80 @@ def _gzip_spans(path: Path, start: int) -> Iterator[Span]:
             line = stop
 
 
-def _parquet_spans(path: Path, text_field: str, start: int) -> Iterator[Span]:
-    """Rows of consecutive row groups, up to PART_BYTES; a large row group in several spans."""
-    file = open_parquet(path, text_field)
-    column = [file.schema.column(i).path for i in range(len(file.schema))].index(text_field)
-    rows = _row_starts(file)
-    num_bytes = 0  # of the rows from `start` up to the row group
-    for group in range(file.num_row_groups):
-        if rows[group + 1] <= start:
-            continue
-        size = file.metadata.row_group(group).column(column).total_uncompressed_size
-        if start < rows[group] and num_bytes + size > PART_BYTES:
-            yield start, rows[group], None
-            start, num_bytes = rows[group], 0
-        num_bytes += size
-        if size > ROW_GROUP_BYTES:
-            # The parent reads it, a few rows at a time: no process ever holds all of it.
-            num_rows = max(1, (rows[group + 1] - rows[group]) * PART_BYTES // size)
-            row = rows[group]
-            for batch in file.iter_batches(num_rows, row_groups=[group], columns=[text_field]):
-                row += batch.num_rows
-                if row > start:
-                    batch = batch.slice(max(0, batch.num_rows - (row - start)))
-                    yield row - batch.num_rows, row, _to_bytes(batch)
-            start, num_bytes = row, 0
-    if start < rows[-1]:
-        yield start, rows[-1], None
+def _array_spans(path: Path, start: int) -> Iterator[Span]:
+    """Elements, each as a line."""
+    rows, size, number = [], 0, 0
+    with open_unpacked(path) as file:
+        for number, row in enumerate(array_elements(path, file, PART_BYTES, MAX_LINE_BYTES), 1):
+            if number > start:
+                rows.append(row)
+                size += len(row)
+            if size >= PART_BYTES:
+                yield number - len(rows), number, b"\n".join(rows)
+                rows, size = [], 0
+    if rows:
+        yield number - len(rows), number, b"\n".join(rows)
 
 
-def _to_bytes(batch: Any) -> bytes:
-    """A batch of rows in Arrow's stream format."""
-    import pyarrow as pa
-
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()
+def read_documents(part: Part, text_field: str, *, bad_rows: str = "stop") -> list[str]:
+    """The texts of a part, one per document, see `read_rows`."""
+    return [text for text in read_rows(part, text_field, bad_rows=bad_rows) if text is not None]
 
 
-def open_parquet(path: Path, text_field: str) -> Any:
-    """pyarrow's ParquetFile. Raises UserError if the file is damaged or has no such column of strings."""
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UserError(f"cannot import pyarrow: {error}", "pip install -U pyarrow, or use .jsonl") from error
-    with read_errors(path):
-        # Buffered: otherwise a whole column of a row group is read into memory at once.
-        file = pq.ParquetFile(path, buffer_size=1 << 20, page_checksum_verification=True)
-    names, hint = file.schema_arrow.names, TEXT_FIELD_HINT
-    if text_field not in names:
-        raise UserError(f"{path}: no column {text_field!r} (found {_listed(names)})", hint)
-    found = str(file.schema_arrow.field(text_field).type)
-    if "string" not in found or "<item" in found or found.startswith(("list", "struct", "map")):
-        raise UserError(f"{path}: column {text_field!r} holds {found} (expected strings)", hint)
-    return file
+def read_rows(part: Part, text_field: str, *, bad_rows: str = "stop") -> list[str | None]:
+    """The texts of a part, one per document; None for a row without text if `bad_rows` is "skip".
 
-
-def _row_starts(file: Any) -> list[int]:
-    """The number of the first row of each row group, and the number of rows."""
-    return [0, *accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))]
-
-
-def read_documents(part: Part, text_field: str) -> list[str]:
-    """The texts of a part, one per document.
-
-    Raises UserError that names the place of text that is not UTF-8, a line that is not JSON, a missing field.
+    If it is "stop", such a row is a UserError that names its place. Text that is not UTF-8 always is.
     """
+    texts: list[str | None] = []
     with read_errors(part.path):
-        if part.kind == "parquet":
-            return _parquet_texts(part, text_field)
-        data = part.data
-        if data is None:
-            with open(part.path, "rb") as file:
-                file.seek(part.start)
-                data = file.read(part.stop - part.start)
+        for number, row in _numbered_rows(part, text_field):
+            if isinstance(row, BadRow):
+                if bad_rows == "stop":
+                    raise _row_error(part, number, row) from row
+                row = None
+            texts.append(row)
+    return texts
+
+
+def _numbered_rows(part: Part, text_field: str) -> Iterator[tuple[int, str | BadRow]]:
+    """The rows of a part, each with its number in the part, from 0."""
+    if part.kind == "parquet":
+        yield from enumerate(parquet_rows(part.path, text_field, part.start, part.stop, part.data))
+        return
+    data = part.data
+    if data is None:
+        with open(part.path, "rb") as file:
+            file.seek(part.start)
+            data = file.read(part.stop - part.start)
     if part.kind == "text":
-        return _text_documents(part, data)
-    return [_json_text(part, n, line, text_field) for n, line in lines_of(data) if line.strip()]
+        yield from enumerate(_text_documents(part, data))
+        return
+    for number, line in lines_of(data):
+        if line.strip():
+            try:
+                yield number - 1, json_text(line, text_field, in_array=part.kind == "array")
+            except BadRow as error:
+                yield number - 1, error
 
 
-def _parquet_texts(part: Part, text_field: str) -> list[str]:
-    import pyarrow as pa
-
-    if part.data is not None:
-        table = pa.ipc.open_stream(part.data).read_all()
+def _row_error(part: Part, number: int, row: BadRow) -> UserError:
+    """The error for a row of a part, with its place in the file."""
+    hint = f"correct or remove the line, or build shards with --bad-rows skip; {TEXT_FIELD_HINT}"
+    if part.kind == "parquet":
+        place, hint = f"{part.path}: row {part.start + number}", hint.replace("line", "row")
+    elif part.kind == "array":
+        place, hint = f"{part.path}: element {part.start + number + 1}", hint.replace("line", "element")
     else:
-        file = open_parquet(part.path, text_field)
-        rows = _row_starts(file)
-        groups = range(bisect_right(rows, part.start) - 1, bisect_left(rows, part.stop))
-        table = file.read_row_groups(list(groups), columns=[text_field], use_threads=False)
-        table = table.slice(part.start - rows[groups[0]], part.stop - part.start)
-    column = table.column(text_field)
-    if column.null_count:
-        row = part.start + column.is_null().to_pylist().index(True)
-        what = f"{part.path}: row {row} has no {text_field!r} (null)"
-        raise UserError(what, "remove such rows, or give another --text-field")
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError as error:
-        problem = f"{part.path}: rows {part.start} to {part.stop - 1}: a text is not UTF-8 ({error})"
-        raise UserError(problem, "correct or remove it") from error
-
-
-def _json_text(part: Part, line: int, data: bytes, text_field: str) -> str:
-    """The text of one line of jsonl; `line` counts from 1, the first line of the part."""
-    hint = f"correct or remove the line; if it is the wrong field, {TEXT_FIELD_HINT}"
-    try:
-        record = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        problem = f"not JSON: {error}"
-        if isinstance(error, UnicodeDecodeError):
-            hint = encoding_hint(part.path, data, error)
-    else:
-        if not isinstance(record, dict):
-            problem = f"{type(record).__name__} (expected an object)"
-        elif isinstance(text := record.get(text_field), str):
-            return text
-        elif text_field in record:
-            problem = f"{type(text).__name__} in field {text_field!r} (expected a string)"
-        else:
-            problem = f"no field {text_field!r} (found {_listed(record)})"
-    if part.start == 0 and line == 1 and data.startswith(b"["):
-        new = quoted(free_name(part.path.with_suffix(".jsonl")))
-        hint = f"of an array, run: jq -c '.[]' < {quoted(part.path)} > {new}; then use {new}"
-    # A position in .jsonl is a byte, one in .jsonl.gz is a line.
-    lines_before = _count_lines(part.path, part.start) if part.kind == "jsonl" else part.start
-    raise UserError(f"{part.path}:{lines_before + line}: {problem}", hint)
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names from a file for an error of one line."""
-    return ", ".join(name if name.isprintable() else repr(name) for name in islice(names, 20)) or "none"
+        before = _count_lines(part.path, part.start) if part.kind == "jsonl" else part.start
+        place = f"{part.path}:{before + number + 1}"
+        if part.start == number == 0 and row.data.startswith(b"["):
+            array = re.sub(r"\.(jsonl|ndjson)(?=$|\.)", ".json", part.path.name, flags=re.IGNORECASE)
+            new = quoted(free_name(part.path.with_name(array)))
+            hint = f"if it is one array, run: mv {quoted(part.path)} {new}; then use {new}"
+    if isinstance(cause := row.__cause__, UnicodeDecodeError):
+        hint = encoding_hint(part.path, row.data, cause)
+    return UserError(f"{place}: {row}", hint)
 
 
 def _count_lines(path: Path, stop: int) -> int:

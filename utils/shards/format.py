@@ -26,12 +26,14 @@ DTYPES = (np.dtype("<u2"), np.dtype("<u4"))
 
 
 class Shard(NamedTuple):
-    """A file of tokens, as its header describes it."""
+    """A file of tokens, or a section of one."""
 
     path: Path
     num_tokens: int
     dtype: np.dtype
-    data_offset: int  # bytes of header before the first token
+    data_offset: int  # bytes before the first token
+    first: int = 0  # position in the file of the first token
+    digest: str | None = None  # identifies the content where the name does not
 
 
 def shard_name(split: str, number: int) -> str:

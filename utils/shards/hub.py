@@ -18,7 +18,7 @@ from typing import Any
 
 from utils.command_line import Unfinished, UserError
 from utils.console import warn
-from utils.shards.documents import BYTES_PER_TOKEN, TOKENS_PER_DOCUMENT
+from utils.shards.documents import TOKENS_PER_DOCUMENT, bytes_per_token
 
 RETRY_SECONDS = (2, 8, 30, 60)  # waits between attempts, in addition to those of the client itself
 FIRST_CONTACT_SECONDS = 8  # longest wait between attempts until the hub has answered once
@@ -73,7 +73,7 @@ class HubFiles:
         return self.description
 
     def estimate(self, text_field: str) -> tuple[int, int]:
-        num_tokens = int(self.num_bytes / BYTES_PER_TOKEN["parquet"])
+        num_tokens = int(self.num_bytes / bytes_per_token("parquet"))
         return num_tokens, num_tokens // TOKENS_PER_DOCUMENT
 
     def checksums(self) -> None:

@@ -9,16 +9,9 @@ from typing import Any
 
 from utils.command_line import UserError
 from utils.files import sha256_of
-from utils.shards.documents import (
-    BYTES_PER_TOKEN,
-    KINDS,
-    TOKENS_PER_DOCUMENT,
-    check_kind,
-    kind_of,
-    open_parquet,
-    read_errors,
-)
-from utils.text_files import first_bytes, kind_of_bytes, wrong_kind
+from utils.shards.documents import KINDS, TOKENS_PER_DOCUMENT, bytes_per_token, check_kind, is_text, kind_of
+from utils.shards.rows import open_parquet
+from utils.text_files import first_bytes, kind_of_bytes, read_errors, wrong_kind
 
 PROBE_BYTES = 1 << 16  # at both ends of a file, for its fingerprint
 NAMES_SHOWN = 3  # of the files that are left out for one reason
@@ -48,18 +41,20 @@ class LocalFiles:
         return self.paths[index]
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "files", "files": [_fingerprint(path) for path in self.paths]}
+        return {"kind": "files", "files": [fingerprint_of(path) for path in self.paths]}
 
     def estimate(self, text_field: str) -> tuple[int, int]:
         num_tokens = num_documents = 0
         for path, kind in zip(self.paths, self.kinds, strict=True):
             check_kind(path, kind)
-            tokens_of_file = int(path.stat().st_size / BYTES_PER_TOKEN[kind])
+            tokens_of_file = int(path.stat().st_size / bytes_per_token(kind))
             num_tokens += tokens_of_file
             if kind == "parquet":
                 num_documents += open_parquet(path, text_field).metadata.num_rows
+            elif is_text(kind):
+                num_documents += 1
             else:
-                num_documents += 1 if kind == "text" else max(1, tokens_of_file // TOKENS_PER_DOCUMENT)
+                num_documents += max(1, tokens_of_file // TOKENS_PER_DOCUMENT)
         return num_tokens, num_documents
 
     def checksums(self) -> list[dict[str, Any]]:
@@ -77,8 +72,8 @@ class LocalFiles:
         return records
 
 
-def find_files(arguments: list[str]) -> tuple[list[Path], LeftOut]:
-    """The files that `--input` names: files, globs or folders, in the order given, sorted within each.
+def find_files(arguments: list[str], flag: str = "--input") -> tuple[list[Path], LeftOut]:
+    """The files that `flag` names: files, globs or folders, in the order given, sorted within each.
 
     Folders are read with everything below, and links are followed; what is left out is returned as well.
     Raises UserError for a name that matches nothing, for empty files and for unreadable folders.
@@ -91,13 +86,13 @@ def find_files(arguments: list[str]) -> tuple[list[Path], LeftOut]:
         if not files:
             others = f" (left out: {describe_left_out(left_out)})" if left_out else ""
             hint = f"give files, globs or folders: {', '.join(KINDS)}{others}"
-            raise UserError(f"--input {argument}: no such file", hint)
+            raise UserError(f"{flag} {argument}: no such file", hint)
         for file in files:
             if found.setdefault(file.resolve(), file) is not file:
                 left_out.setdefault("named twice", []).append(file)
     for path in found.values():
         if path.stat().st_size == 0:
-            raise UserError(f"{path} is empty (0 bytes)", "remove it from --input")
+            raise UserError(f"{path} is empty (0 bytes)", f"remove it from {flag}")
     return list(found.values()), left_out
 
 
@@ -150,7 +145,7 @@ def _files_of(path: Path, left_out: LeftOut) -> list[Path]:
     return sorted(files)
 
 
-def _fingerprint(path: Path) -> list[Any]:
+def fingerprint_of(path: Path) -> list[Any]:
     """Name, size, and SHA-256 of both ends: enough to notice another file without reading all of it."""
     with read_errors(path):
         size = path.stat().st_size

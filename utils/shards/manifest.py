@@ -39,6 +39,7 @@ SETTINGS = {
     "shard_tokens": POSITIVE,
     "val_tokens": Either(POSITIVE, None),
     "text_field": Either(str, None),
+    "bad_rows": Either("stop", "skip"),
     "source": Either(LOCAL_FILES, HUB_FILES),
 }
 SCHEMA = {
@@ -49,6 +50,7 @@ SCHEMA = {
     "inputs": Either([{"path": str, "bytes": COUNT, "sha256": SHA256}], None),
     "complete": bool,
     "tokens": COUNT,
+    "skipped_rows": COUNT,
     "shards": list,  # of records, which `load` checks one after the other
 }
 
@@ -61,14 +63,17 @@ class Manifest:
         inputs: path, bytes and SHA-256 of each local file, before the build read it; None for a data set on
             the hub, whose revision is in the settings, and for builds of earlier versions.
         shards: one record per finished shard, in order: name, tokens, sha256, documents (number of documents
-            started up to its end), next (where the next shard starts: the values of a Position).
+            started up to its end), skipped_rows (left out up to its end), next (where the next shard starts:
+            the values of a Position).
         complete: whether the whole corpus is in the shards.
+        skipped_rows: number of rows without text that are left out of the shards.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], inputs: list[dict[str, Any]] | None = None):
         self.folder, self.settings, self.inputs = folder, settings, inputs
         self.shards: list[dict[str, Any]] = []
         self.complete = False
+        self.skipped_rows = 0
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest | None":
@@ -79,15 +84,14 @@ class Manifest:
         path = folder / FILE_NAME
         try:
             content = json.loads(path.read_bytes().decode("utf-8"))
-            if isinstance(content, dict):
-                content.setdefault("inputs", None)  # which earlier versions did not write
+            _add_defaults(content)
             check_schema(content, SCHEMA, "")
             manifest = cls(folder, content["settings"], content["inputs"])
             for number, record in enumerate(content["shards"]):
                 check_schema(record, manifest.next_schema(), f"shards[{number}]")
                 manifest.shards.append(record)
             check_schema(content["tokens"], manifest.num_tokens, "tokens")
-            manifest.complete = content["complete"]
+            manifest.complete, manifest.skipped_rows = content["complete"], content["skipped_rows"]
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError) as error:
@@ -104,6 +108,7 @@ class Manifest:
             "inputs": self.inputs,
             "complete": self.complete,
             "tokens": self.num_tokens,
+            "skipped_rows": self.skipped_rows,
             "shards": self.shards,
         }
         text, path = json.dumps(content, indent=1), self.folder / FILE_NAME
@@ -115,10 +120,13 @@ class Manifest:
         """Number of tokens in the finished shards."""
         return sum(shard["tokens"] for shard in self.shards)
 
-    def add(self, sha256: str, tokens: int, documents: int, position: Position) -> None:
+    def add(
+        self, sha256: str, tokens: int, documents: int, position: Position, skipped_rows: int = 0
+    ) -> None:
         """Records the next shard as finished, and saves."""
         record = dict(name=self.next_name(), tokens=tokens, sha256=sha256, documents=documents)
-        self.shards.append({**record, "next": list(position)})
+        self.shards.append({**record, "skipped_rows": skipped_rows, "next": list(position)})
+        self.skipped_rows = skipped_rows
         self.save()
 
     def next_name(self) -> str:
@@ -132,15 +140,16 @@ class Manifest:
             "tokens": range(1, self.settings["shard_tokens"] + 1),
             "sha256": SHA256,
             "documents": range(self.shards[-1]["documents"] if self.shards else 0, COUNT.stop),
+            "skipped_rows": range(self.shards[-1]["skipped_rows"] if self.shards else 0, COUNT.stop),
             "next": (range(len(self.settings["source"]["files"])), COUNT, COUNT),
         }
 
-    def start_of(self, index: int) -> tuple[Position, int]:
-        """Where shard number `index` starts in the corpus, and how many documents start before it."""
+    def start_of(self, index: int) -> tuple[Position, int, int]:
+        """Where shard number `index` starts; how many documents start, and rows are left out, before it."""
         if index == 0:
-            return Position(), 0
+            return Position(), 0, 0
         before = self.shards[index - 1]
-        return Position(*before["next"]), before["documents"]
+        return Position(*before["next"]), before["documents"], before["skipped_rows"]
 
     def check_settings(self, requested: dict[str, Any]) -> None:
         """Raises UserError if the folder was built with other settings; names the differences."""
@@ -193,6 +202,19 @@ class Manifest:
             if problem := find_invalid_token(tokens, vocab_size, start):
                 return problem
         return None
+
+
+def _add_defaults(content: Any) -> None:
+    """Adds what earlier versions did not write."""
+    if isinstance(content, dict):
+        content.setdefault("inputs", None)
+        content.setdefault("skipped_rows", 0)
+        if isinstance(content.get("settings"), dict):
+            content["settings"].setdefault("bad_rows", "stop")
+        records = content.get("shards")
+        for record in records if isinstance(records, list) else []:
+            if isinstance(record, dict):
+                record.setdefault("skipped_rows", 0)
 
 
 def check_schema(value: Any, schema: Any, place: str) -> None:

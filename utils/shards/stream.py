@@ -1,13 +1,12 @@
 """A folder of token shards as one logical stream of tokens.
 
-The shards of a split, in the order of their numbers, are one sequence of tokens; documents and windows cross
-the borders between shards. `utils/shards/format.py` describes the files themselves.
+The shards of a split, in their order, are one sequence of tokens; documents and windows cross the borders
+between shards. `utils/shards/token_files.py` finds the files, which may be of other programs.
 """
 
 import threading
 from collections import OrderedDict
 from io import FileIO
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,10 @@ import numpy as np
 
 from utils.command_line import UserError
 from utils.data_loader import TokenStream
-from utils.shards.documents import KINDS
-from utils.shards.format import (
-    REBUILD_HINT,
-    check_numbers,
-    find_all_shards,
-    find_invalid_token,
-    find_shards,
-    read_header,
-)
-from utils.shards.manifest import FILE_NAME
-from utils.text_files import free_name, quoted
+from utils.shards.format import REBUILD_HINT, find_invalid_token
+from utils.shards.token_files import token_files
 
-MAX_SEARCHED_FILES = 10_000  # for a hint: the folder may be a whole disk
 MAX_OPEN_FILES = 128  # shards are kept open; some systems allow a process only 256 files
-
-
-def hint_without_shards(folder: Path) -> str:
-    """What to do about a folder that lacks the shards of a split, or holds something else."""
-    if (folder / FILE_NAME).exists():
-        return (
-            f"run the command that built it again: {FILE_NAME} names its input; --max-shards must be above 1"
-        )
-    if found := find_all_shards(folder):
-        return f"copy the other shards into it (it holds {found[0].name})"
-    if found := sorted(folder.glob("*.npy")):
-        return f"if {found[0].name} is a shard, put the word train, or val, into its name"
-    suffixes = tuple(KINDS)
-    if any(path.name.lower().endswith(suffixes) for path in islice(folder.rglob("*"), MAX_SEARCHED_FILES)):
-        name = folder.name if folder.name not in ("", "..") else folder.resolve().name
-        new = quoted(free_name(folder.parent / f"{name}_shards"))
-        command = f"python build_fineweb_edu_shards.py --input {quoted(folder)} --output-dir {new}"
-        return f"make shards of its texts: {command}; then --data {new}"
-    return "give --data a text file, or a folder that build_fineweb_edu_shards.py wrote"
 
 
 class ShardStream(TokenStream):
@@ -63,12 +33,7 @@ class ShardStream(TokenStream):
     def __init__(self, folder: Path, split: str, vocab_size: int, seq_len: int):
         self.name = f"{folder} ({split})"
         self.vocab_size = vocab_size
-        paths = find_shards(folder, split)
-        if not paths:
-            what = f"{folder} holds no {split} shards (expected .npy files with {split!r} in their names)"
-            raise UserError(what, hint_without_shards(folder))
-        check_numbers(folder)
-        self.shards = [read_header(path) for path in paths]
+        self.shards = token_files(folder, split)
         # Stream position of the start of each shard, and of the end.
         self.starts = np.cumsum([0, *(shard.num_tokens for shard in self.shards)])
         self.num_tokens = int(self.starts[-1])
@@ -89,10 +54,11 @@ class ShardStream(TokenStream):
 
     def locate(self, position: int) -> tuple[str, int]:
         index, offset = self._shard_at(position)
-        return self.shards[index].path.name, offset
+        return self.shards[index].path.name, self.shards[index].first + offset
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"shards": [[shard.path.name, shard.num_tokens] for shard in self.shards]}
+        entries = [(shard.path.name, shard.num_tokens, shard.digest) for shard in self.shards]
+        return {"shards": [[value for value in entry if value is not None] for entry in entries]}
 
     def _shard_at(self, position: int) -> tuple[int, int]:
         """The index of the shard that contains a stream position, and the position in it."""
@@ -107,6 +73,7 @@ class ShardStream(TokenStream):
             data = self._read_bytes(index, shard.data_offset + start * shard.dtype.itemsize, size)
         except OSError as error:
             raise UserError(f"cannot read {shard.path}: {error}", REBUILD_HINT, one_rank_only=True) from error
+        start += shard.first
         if len(data) < size:
             what = f"{shard.path}: {len(data):,} bytes at token {start:,} (expected {size:,}: truncated?)"
             raise UserError(what, REBUILD_HINT, one_rank_only=True)

@@ -1,12 +1,12 @@
 """The tokenizer of a folder of shards: read from its tokenizer.json, or trained on the corpus."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from utils.command_line import UserError
-from utils.shards.documents import BYTES_PER_TOKEN, DocumentSource, Position, parts_from, read_documents
+from utils.shards.documents import DocumentSource, Position, bytes_per_token, parts_from, read_documents
 from utils.shards.format import write_errors
 from utils.shards.manifest import FILE_NAME, Manifest
 from utils.text_files import quoted
@@ -80,17 +80,19 @@ def store_tokenizer(folder: Path, state: dict[str, Any]) -> None:
 
 
 def train_on_corpus(
-    source: DocumentSource, text_field: str, vocab_size: int, val_tokens: int
+    source: DocumentSource, text_field: str, bad_rows: str, vocab_size: int, val_tokens: int
 ) -> dict[str, Any]:
     """State of a BPE trained on TRAINING_CHARACTERS of a corpus, after those that become val.
 
     `val_tokens` is the expected size of val. Raises UserError for damaged files, or without a text.
     """
-    half = int(source.estimate(text_field)[0] * BYTES_PER_TOKEN["text"] / 2)
+    half = int(source.estimate(text_field)[0] * bytes_per_token("text") / 2)
     skip = min(val_tokens * CHARACTERS_PER_TOKEN, half)
     print(f"training a BPE of {vocab_size:,} tokens on up to {TRAINING_CHARACTERS:,} characters", flush=True)
     counts = {"skipped": 0, "used": 0}
-    state = train_bpe(_texts_after(source, text_field, skip, counts), vocab_size)
+    parts = parts_from(source, text_field, Position())
+    texts = (text for part in parts for text in read_documents(part, text_field, bad_rows=bad_rows))
+    state = train_bpe(_texts_after(texts, skip, counts), vocab_size)
     print(
         f"{TOKENIZER_FILE}: trained on {counts['used']:,} characters, after the first {counts['skipped']:,}, "
         f"which hold val; SHA-256 {identity(state)}"
@@ -98,18 +100,17 @@ def train_on_corpus(
     return state
 
 
-def _texts_after(source: DocumentSource, text_field: str, skip: int, counts: dict[str, int]) -> Iterator[str]:
+def _texts_after(texts: Iterable[str], skip: int, counts: dict[str, int]) -> Iterator[str]:
     """Texts of a corpus after its first one, and after `skip` characters; of a single text, its end."""
     text = ""
-    for part in parts_from(source, text_field, Position()):
-        for text in read_documents(part, text_field):
-            if counts["skipped"] == 0 or counts["skipped"] < skip:
-                counts["skipped"] += len(text)
-                continue
-            counts["used"] += len(text)
-            yield text
-            if counts["used"] >= TRAINING_CHARACTERS:
-                return
+    for text in texts:
+        if counts["skipped"] == 0 or counts["skipped"] < skip:
+            counts["skipped"] += len(text)
+            continue
+        counts["used"] += len(text)
+        yield text
+        if counts["used"] >= TRAINING_CHARACTERS:
+            return
     if counts["used"] == 0:
         used = text[min(skip, len(text) // 2) :]
         counts["used"], counts["skipped"] = len(used), counts["skipped"] - len(used)

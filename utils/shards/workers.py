@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.command_line import Unfinished, UserError
-from utils.shards.documents import DocumentSource, Part, Position, parts_from, read_documents
+from utils.shards.documents import DocumentSource, Part, Position, parts_from, read_rows
 from utils.shards.encoder import Backend, encode_in_batches
 from utils.tokenizer import END_OF_TEXT_ID
 
@@ -32,12 +33,16 @@ copyreg.pickle(UserError, lambda error: (UserError, (str(error), error.hint)))
 
 
 class Block(NamedTuple):
-    """The tokens of one part, 1-D: from position `start` of file number `file` up to `stop`."""
+    """The tokens of one part, 1-D: from position `start` of file number `file` up to `stop`.
+
+    `bad_rows` says for each row without text how many of the tokens come before it.
+    """
 
     file: int
     start: int
     stop: int
     tokens: np.ndarray
+    bad_rows: tuple[int, ...] = ()
 
 
 def num_cores() -> int:
@@ -47,12 +52,19 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def tokenize_part(part: Part, text_field: str, backend: Backend) -> Block:
-    """Reads and tokenizes a part. Raises UserError for documents that cannot be read."""
-    tokens = backend(read_documents(part, text_field))
+def tokenize_part(part: Part, text_field: str, backend: Backend, bad_rows: str = "stop") -> Block:
+    """Reads and tokenizes a part. Raises UserError for documents that cannot be read, see `read_rows`."""
+    rows = read_rows(part, text_field, bad_rows=bad_rows)
+    texts = [text for text in rows if text is not None]
+    tokens = backend(texts)
     if part.continues_document:
         tokens = tokens[1:]  # <|endoftext|> stands only at the start of a document
-    return Block(part.file, part.start, part.stop, tokens)
+    places: tuple[int, ...] = ()
+    if len(texts) < len(rows):
+        starts = [*np.flatnonzero(tokens == tokens[:1]).tolist(), len(tokens)]  # the first one is a start
+        before = np.cumsum([text is not None for text in rows])  # texts up to each row
+        places = tuple(starts[before[i]] for i, text in enumerate(rows) if text is None)
+    return Block(part.file, part.start, part.stop, tokens, places)
 
 
 def _start_worker(backend: Backend) -> None:
@@ -92,21 +104,23 @@ class TokenizerPool:
             self._executor.shutdown(cancel_futures=True)
 
     def blocks(
-        self, source: DocumentSource, text_field: str, position: Position, backend: Backend
-    ) -> Iterator[Block]:
+        self, source: DocumentSource, text_field: str, position: Position, backend: Backend,
+        bad_rows: str = "stop",
+    ) -> Iterator[Block]:  # fmt: skip
         """Tokens of the corpus in order, from the part at `position` on (the caller skips `position.skip`).
 
         Raises UserError for input that cannot be read, Unfinished if a worker died.
         """
         parts = parts_from(source, text_field, position)
         if self._executor is None:
-            yield from (tokenize_part(part, text_field, backend) for part in parts)
+            yield from (tokenize_part(part, text_field, backend, bad_rows) for part in parts)
             return
         waiting: deque[Future] = deque()
         try:
             while True:
                 for part in islice(parts, PARTS_PER_WORKER * self.num_workers - len(waiting)):
-                    waiting.append(self._executor.submit(tokenize_part, part, text_field, backend))
+                    work = (tokenize_part, part, text_field, backend, bad_rows)
+                    waiting.append(self._executor.submit(*work))
                 if not waiting:
                     return
                 yield waiting.popleft().result()
@@ -122,8 +136,8 @@ class TokenQueue:
     """Tokens of a corpus, taken in any amounts, with the position of the next one.
 
     `blocks` start with the part at `position`, that of the first token, before which `documents` documents
-    start. `on_tokens` is called with their number whenever some arrive. `num_tokens` are in the queue. A
-    document starts with the token `end_of_text`.
+    start and `skipped_rows` bad rows are left out. `on_tokens` is called with their number whenever some
+    arrive. `num_tokens` are in the queue. A document starts with the token `end_of_text`.
     """
 
     def __init__(
@@ -133,9 +147,11 @@ class TokenQueue:
         documents: int = 0,
         on_tokens: Callable[[int], object] = lambda count: None,
         end_of_text: int = END_OF_TEXT_ID,
+        skipped_rows: int = 0,
     ):
-        self.position, self.documents = position, documents
+        self.position, self.documents, self.skipped_rows = position, documents, skipped_rows
         self.num_tokens = 0
+        self.trailing_rows = 0  # bad ones in the blocks without tokens after the last one with some
         self._source, self._on_tokens, self._end_of_text = blocks, on_tokens, end_of_text
         self._to_skip = position.skip
         self._blocks: deque[Block] = deque()
@@ -146,10 +162,15 @@ class TokenQueue:
         while self.num_tokens < count and (block := next(self._source, None)):
             skipped = min(self._to_skip, len(block.tokens))
             self._to_skip -= skipped
+            # Those before the skipped tokens were counted before `position` was recorded.
+            bad_rows = block.bad_rows[bisect_left(block.bad_rows, skipped) :]
             if skipped == len(block.tokens):  # parts may be smaller than when the position was recorded
+                self.trailing_rows += len(bad_rows)
                 continue
             self._used += skipped  # of the first block: only before it can there be tokens to skip
-            self._blocks.append(block)
+            bad_rows = (skipped,) * self.trailing_rows + bad_rows
+            self.trailing_rows = 0
+            self._blocks.append(block._replace(bad_rows=bad_rows))
             self.num_tokens += len(block.tokens) - skipped
             self._on_tokens(len(block.tokens) - skipped)
         return self.num_tokens
@@ -175,8 +196,13 @@ class TokenQueue:
             self.documents += int(np.count_nonzero(pieces[-1] == self._end_of_text))
             self._used += len(pieces[-1])
             self.position = Position(block.file, block.start, self._used)
+            passed = bisect_left(block.bad_rows, self._used)
             if self._used == len(block.tokens):
+                passed = len(block.bad_rows)
                 self._blocks.popleft()
                 self._used = 0
                 self.position = Position(block.file, block.stop)
+            else:
+                self._blocks[0] = block._replace(bad_rows=block.bad_rows[passed:])
+            self.skipped_rows += passed
         return pieces

@@ -1,31 +1,34 @@
-"""Which data to train on, and its streams: shards, a text file, or a download."""
+"""Which data to train on, and its streams: shards, texts, or a download."""
 
 import hashlib
 import platform
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from utils.command_line import UserError
-from utils.console import warn
+from utils.console import printable, warn
 from utils.data_loader import TextStream, TokenStream, WindowLoader, split_text
 from utils.distributed import Distributed
 from utils.files import download
 from utils.shards.documents import (
+    KINDS,
     TEXT_FIELD,
     Position,
+    is_text,
     kind_of,
     parts_from,
     read_documents,
     split_at_separators,
 )
 from utils.shards.format import find_shards
-from utils.shards.local_files import LocalFiles
+from utils.shards.local_files import LocalFiles, describe_left_out, find_files
 from utils.shards.stream import ShardStream
-from utils.text_files import read_text
+from utils.shards.token_files import holds_tokens, refuse_characters
+from utils.text_files import decode_text, free_name, quoted, read_text
 from utils.tokenizer import (
     END_OF_TEXT,
     Tokenizer,
@@ -38,12 +41,12 @@ from utils.training.tokenizing import (
     tokenizer_of_shards,
 )
 
-if TYPE_CHECKING:
-    pass
-
 ROOT = Path(__file__).resolve().parents[2]
 SHARDS_DIR = ROOT / "edu_fineweb10B"
 TEXT_PATH = ROOT / "input.txt"
+
+MAX_CHARACTERS = 200_000_000  # of a folder of texts, which are tokenized at each start, in memory
+MAX_SEARCHED_FILES = 10_000  # for a text: the folder may be a whole disk
 
 TINY_SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e/data/tinyshakespeare/input.txt"
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -53,7 +56,9 @@ TINY_SHAKESPEARE_BYTES = 1_115_394
 class Source(NamedTuple):
     """Where the data comes from, and why."""
 
-    kind: str  # "shards", "text", "records" (.jsonl, .parquet), "download" (to `path`), "pydoc" (no file)
+    # "shards", "texts" (a folder), "text", "records" (.jsonl, .parquet), "download" (to `path`), "pydoc" (no
+    # file)
+    kind: str
     path: Path | None
     reason: str
 
@@ -62,13 +67,21 @@ def choose_source(requested: str | None) -> Source:
     """What to train on, without using the network: `--data`, shards, input.txt, else a download."""
     if requested is not None:
         path = Path(requested)
-        kind = "text" if kind_of(path) in (None, "text") else "records"
-        return Source("shards" if path.is_dir() else kind, path, "--data")
+        kind = "text" if is_text(kind_of(path) or "text") else "records"
+        if path.is_dir():
+            kind = "texts" if holds_texts(path) else "shards"
+        return Source(kind, path, "--data")
     if find_shards(SHARDS_DIR, "train"):
         return Source("shards", SHARDS_DIR, "the folder holds shards")
     if TEXT_PATH.exists():
         return Source("text", TEXT_PATH, f"no shards in {SHARDS_DIR.name}/")
     return Source("download", TEXT_PATH, f"no shards in {SHARDS_DIR.name}/ and no {TEXT_PATH.name}")
+
+
+def holds_texts(folder: Path) -> bool:
+    """Whether a folder, or one below it, holds texts, and no shards."""
+    files = islice(folder.rglob("*"), MAX_SEARCHED_FILES)
+    return not holds_tokens(folder) and any(path.name.lower().endswith(tuple(KINDS)) for path in files)
 
 
 def fetch(requested: str | None, dist: Distributed) -> Source:
@@ -107,6 +120,7 @@ def open_data(
     if ranks see different data.
     """
     if source.kind == "shards":
+        refuse_characters(source.path)
         tokenizer = tokenizer_of_shards(source.path, tokenizer_state, dist)
         vocab_size = tokenizer.vocab_size
         train, val = (ShardStream(source.path, split, vocab_size, seq_len) for split in ("train", "val"))
@@ -131,8 +145,9 @@ def tokenize(
     """Of a text or of records: the tokenizer; the tokens, 1-D; how many of them are train, None for 90 %; and
     what identifies them, as plain values.
 
-    Documents (records, or a text with lines that read <|endoftext|>) become the tokens that the shard builder
-    makes of them; a text without such a line is tokenized as it is. Raises UserError for unusable files.
+    Documents (records, those of a folder, or of a text with lines that read <|endoftext|>) become the tokens
+    that the shard builder makes of them; a text without such a line is tokenized as it is. Raises UserError
+    for unusable files.
     """
     text, documents = read_source(source, dist)
     if documents is not None and not has_end_of_text(tokenizer_state):
@@ -155,16 +170,54 @@ def tokenize(
 
 def read_source(source: Source, dist: Distributed) -> tuple[str, Iterable[list[str]] | None]:
     """A text and None, or "" and lists of documents."""
+    if source.kind == "texts":
+        return "", [read_folder(source.path, dist)]
     if source.kind == "records":
-        if dist.is_master:
-            warn(f"{source.path}: of each record, only the field {TEXT_FIELD!r} is used, as a document")
+        warn_of_records(source.path, dist)
         parts = parts_from(LocalFiles([source.path]), TEXT_FIELD, Position())
         return "", (read_documents(part, TEXT_FIELD) for part in parts)
-    text = read_text(source.path) if source.path else python_documentation()
+    if source.path is None:
+        text = python_documentation()
+    elif kind_of(source.path) in (None, "text"):
+        text = read_text(source.path)
+    else:  # packed
+        parts = parts_from(LocalFiles([source.path]), TEXT_FIELD, Position())
+        text = "".join(decode_text(part.path, part.data, part.start) for part in parts)
     documents = split_at_separators(text)
     if len(documents) == 1:
         return text, None
     return "", [[text for text in documents if text.strip()]]
+
+
+def read_folder(folder: Path, dist: Distributed) -> list[str]:
+    """The documents that the shard builder finds in a folder. Raises UserError if they are too long."""
+    paths, left_out = find_files([str(folder)], "--data")
+    files = LocalFiles(paths)
+    if left_out and dist.is_master:
+        print(printable(f"left out of --data: {describe_left_out(left_out)}"))
+    if not all(map(is_text, files.kinds)):
+        warn_of_records(folder, dist)
+    documents: list[str] = []
+    num_characters = 0
+    for part in parts_from(files, TEXT_FIELD, Position()):
+        texts = read_documents(part, TEXT_FIELD)
+        num_characters += sum(map(len, texts))
+        if num_characters > MAX_CHARACTERS:
+            name = folder.name if folder.name not in ("", "..") else folder.resolve().name
+            new = quoted(free_name(folder.parent / f"{name}_shards"))
+            command = f"python build_fineweb_edu_shards.py --input {quoted(folder)} --output-dir {new}"
+            what = f"{folder} has more than {MAX_CHARACTERS:,} characters, too many to tokenize at each start"
+            raise UserError(what, f"make shards of its texts: {command}; then --data {new}")
+        if part.continues_document:
+            documents[-1] += texts.pop(0)
+        documents += texts
+    return documents
+
+
+def warn_of_records(path: Path, dist: Distributed) -> None:
+    """Says which field of a file's or folder's records is used."""
+    if dist.is_master:
+        warn(f"{path}: of each record, only the field {TEXT_FIELD!r} is used, as a document")
 
 
 def part_of(data: Data, part: str) -> TokenStream:

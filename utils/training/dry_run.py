@@ -15,7 +15,8 @@ from utils.files import free_bytes
 from utils.fused_loss import loss_backend
 from utils.runtime import memory_bytes, peak_flops, peak_memory_bytes
 from utils.training.micro_batch import forward_backward
-from utils.training.model_source import STATE_BYTES, least_bytes
+from utils.training.model_source import least_bytes
+from utils.training.optimizers import num_moments, state_bytes
 from utils.training.state import TrainState, due_steps
 from utils.weights.checkpoint import checkpoints_to_keep, pair_bytes
 
@@ -65,7 +66,8 @@ class Plan:
         saved = due_steps(args.checkpoint_every, args.max_steps)[1:] or [args.max_steps]
         kept = checkpoints_to_keep(saved, args.keep_checkpoints, args.keep_every, args.max_steps)
         models, optimizers = map(len, kept)
-        model_bytes, optimizer_bytes = pair_bytes(self.model.num_parameters())
+        moments = num_moments(self.model, args.optimizer)
+        model_bytes, optimizer_bytes = pair_bytes(self.model.num_parameters(), moments)
         best = 1 if args.val_every else 0  # model_best.pt; while it is written, no other file is
         need = (models + best + 1) * model_bytes + (optimizers + 1) * optimizer_bytes
         free = free_bytes(args.log_dir)
@@ -124,7 +126,7 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
         say(checkpoints)
     elif plan.dist.is_master:
         warn(checkpoints)
-    device, minimum = plan.dist.device, format_bytes(STATE_BYTES * plan.model.num_parameters())
+    device, minimum = plan.dist.device, format_bytes(state_bytes(plan.model, plan.args.optimizer))
     if state.model.lm_head.weight.is_meta:  # see outline_if_too_large
         memory = format_bytes(memory_bytes(device))
         least = format_bytes(least_bytes(plan.model, plan.args))

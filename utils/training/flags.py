@@ -56,12 +56,14 @@ class Flags:
 
 
 def read_flags(
-    flags: Flags, argv: list[str] | None, presets: dict[str, dict], preset_for: dict[tuple[str, str], str]
-) -> tuple[Namespace, str]:
-    """Settings: flags over the preset over the constants. Also returns why the preset was chosen.
+    flags: Flags, argv: list[str] | None, presets: dict[str, dict], preset_for: dict[tuple[str, str], str],
+    recipes: dict[str, dict[str, dict]],
+) -> tuple[Namespace, str]:  # fmt: skip
+    """Settings: flags over the recipe over the preset over the constants; also why the preset was chosen.
 
     `typed` of the settings holds the names of those on the command line. `preset_for` names the preset for
-    each pair of device ("CUDA", "no CUDA") and data ("shards", "a text", "characters").
+    each pair of device ("CUDA", "no CUDA") and data ("shards", "a text", "characters"). `recipes` holds what
+    each recipe changes in each preset.
     """
     defaults, given = flags.parser.parse_defaults_and_given(argv)
     typed, reason = sorted(given), "--preset"
@@ -71,7 +73,7 @@ def read_flags(
         text = "characters" if given.get("tokenizer") == "char" else "a text"
         chosen_by = ("CUDA" if on_cuda else "no CUDA", "shards" if has_shards else text)
         given["preset"], reason = preset_for[chosen_by], ", ".join(chosen_by)
-    preset = presets[given["preset"]]
+    preset = presets[given["preset"]] | recipes[given.get("recipe", defaults["recipe"])][given["preset"]]
     assert preset.keys() <= defaults.keys(), f"preset {given['preset']} sets a flag that does not exist"
     args = Namespace(**{**defaults, **preset, **given}, typed=typed)
     if args.eval_only:
@@ -111,6 +113,10 @@ def unused_flags(args: Namespace) -> dict[str, str]:
         unused.update(dict.fromkeys(("hellaswag_examples", "hellaswag_dir"), "with --hellaswag-every 0"))
     if not args.dry_run:
         unused["cost_per_hour"] = "without --dry-run"
+    if args.optimizer == "adamw":
+        unused["muon_lr"] = "with --optimizer adamw"
+    name = "min_lr" if args.schedule == "linear" else "decay_fraction"
+    unused[name] = f"with --schedule {args.schedule}"
     if not args.eval_only:
         unused.update(dict.fromkeys(("eval_part", "stride"), "without --eval-only"))
     elif args.eval_part:
@@ -182,6 +188,8 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
             problems.append(f"--{flag} {every} in --max-steps {args.max_steps} is {times} times")
     if args.min_lr > args.max_lr:
         problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
+    if args.decay_fraction > 1:
+        problems.append(f"--decay-fraction {args.decay_fraction:g} is above 1")
     try:
         micro_batch = 1 if args.micro_batch == "auto" else args.micro_batch
         accumulation_steps(args.total_batch_tokens, micro_batch, args.seq_len, world_size)

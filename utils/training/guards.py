@@ -31,12 +31,12 @@ class SpikeFilter:
     def accepts(self, norm: float) -> bool:
         """Whether to apply the update with this gradient norm; the same answer on every rank.
 
-        A non-finite norm (fp16) is accepted and counted: the gradient scaler skips that update itself.
+        A non-finite norm (fp16) is skipped and counted, but is no spike: the scaler will lower its scale.
         Raises Diverged if more than 10 of the last 100 updates would have been skipped.
         """
         if not math.isfinite(norm):
             self.num_skipped += 1
-            return True
+            return False
         if not self.threshold:
             return True
         spike = len(self.accepted) == WINDOW and self._z_score(norm) > self.threshold

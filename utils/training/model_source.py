@@ -12,13 +12,12 @@ from utils.runtime import memory_bytes
 from utils.tokenizer import Tokenizer, check_vocab_size
 from utils.training.data_source import Data, fetch, open_data
 from utils.training.flags import flag_of
+from utils.training.optimizers import state_bytes
 from utils.training.tokenizing import fits_request, requested_tokenizer
 from utils.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from gpt_model import GPT, GPTConfig
-
-STATE_BYTES = 16  # per parameter, all float32: parameter, gradient, both moments of AdamW
 
 
 class ModelFactory(NamedTuple):
@@ -100,7 +99,7 @@ def outline_if_too_large(build: Callable[[], "GPT"], args: Namespace, dist: Dist
         outline = build()
     needed, memory = least_bytes(outline, args), memory_bytes(dist.device)
     too_large = memory is not None and needed > memory
-    if not dist.max_number(too_large):  # on all ranks alike
+    if not dist.max_number(int(too_large)):  # on all ranks alike
         return None
     if not args.dry_run:
         has = f"{dist.device} has {format_bytes(memory)}" if too_large else "another rank has less"
@@ -115,4 +114,5 @@ def least_bytes(model: "GPT", args: Namespace) -> int:
     tokens = args.seq_len * (1 if args.micro_batch == "auto" else args.micro_batch)
     if args.eval_only:
         return 4 * model.num_parameters() + 8 * tokens
-    return STATE_BYTES * model.num_parameters() + 4 * tokens * model.config.n_layer * model.config.n_embd
+    activations = tokens * model.config.n_layer * model.config.n_embd
+    return state_bytes(model, args.optimizer) + 4 * activations

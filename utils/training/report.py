@@ -48,6 +48,7 @@ PUBLISHED_RECIPE = dict(
     n_layer=12, n_head=12, n_embd=768, seq_len=1024, total_batch_tokens=524288, max_steps=19073,
     warmup_steps=715, max_lr=6e-4, min_lr=6e-5, weight_decay=0.1, grad_clip=1.0,
 )  # fmt: skip
+PUBLISHED_KINDS = dict(tokenizer="gpt2", init_from=None, optimizer="adamw", schedule="cosine")
 
 
 share = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
@@ -63,6 +64,7 @@ RECORDS: dict[str, Schema] = {
     "train": {
         "step": count,
         "lr": number,
+        "muon_lr": optional(number),
         "seconds": optional(duration),
         "mfu": optional(number_or_none),
         "memory": optional(number_or_none),
@@ -137,7 +139,7 @@ def published_val_losses(records: list[dict[str, Any]]) -> dict[int, float]:
     found = {name: settings.get(name) for name in PUBLISHED_RECIPE}
     # isclose: the default of min_lr is max_lr / 10, which is not 6e-5 to the last bit.
     same = all(is_number(found[name]) and math.isclose(found[name], PUBLISHED_RECIPE[name]) for name in found)
-    same = same and settings.get("tokenizer") == "gpt2" and settings.get("init_from") is None
+    same = same and all(settings.get(name, value) == value for name, value in PUBLISHED_KINDS.items())
     return PUBLISHED_VAL_LOSSES if same else {}
 
 
@@ -157,15 +159,11 @@ def plot_run(log_dir: Path) -> Path | None:
     if not curves:
         return None
     records = read_metrics(log_dir / "metrics.jsonl")
-    rates = [(record["step"], record["lr"]) for record in records if record["kind"] == "train"]
     panels = 3 if "hella" in curves else 2
     figure.set_size_inches(10, 3.6 * 2 if panels == 3 else 5.6)
     axes = figure.subplots(panels, 1, sharex=True, height_ratios=[3, 1, 1.5][:panels])
     _draw_losses(axes[0], curves, published_val_losses(records))
-    if rates:
-        axes[1].plot(*zip(*rates), color="tab:green")
-    axes[1].set_ylabel("learning rate")
-    axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    _draw_learning_rates(axes[1], [record for record in records if record["kind"] == "train"])
     if panels == 3:
         axes[2].plot(*curves["hella"], color="tab:red", marker="o", markersize=3)
         draw_hellaswag_references(axes[2])
@@ -190,6 +188,16 @@ def _draw_losses(axis: "Axes", curves: dict[str, tuple], published: dict[int, fl
         axis.plot(*zip(*points), label="val published for this recipe on FineWeb-Edu", **style)
     axis.set_ylabel("loss (nats per token)")
     axis.legend()
+
+
+def _draw_learning_rates(axis: "Axes", updates: list[dict[str, Any]]) -> None:
+    for name, label, color in (("lr", "AdamW", "tab:green"), ("muon_lr", "Muon", "tab:purple")):
+        if points := [(record["step"], record[name]) for record in updates if name in record]:
+            axis.plot(*zip(*points), color=color, label=label)
+    if len(axis.lines) > 1:
+        axis.legend()
+    axis.set_ylabel("learning rate")
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
 
 
 def draw_hellaswag_references(axis: "Axes") -> None:

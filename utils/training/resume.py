@@ -21,6 +21,7 @@ from utils.text_files import quoted
 from utils.training.data_source import Data
 from utils.training.flags import settings_of
 from utils.training.log_directory import archive_run, check_not_moved, cut_logs_back, log_sizes
+from utils.training.optimizers import num_moments
 from utils.training.run_log import RunLog
 from utils.training.state import Progress, TrainState
 from utils.weights.checkpoint import (
@@ -42,7 +43,10 @@ if TYPE_CHECKING:
     from gpt_model import GPT
 
 # Resuming compares all settings. Changing one of these would repeat or skip windows, so it is refused.
-REFUSED = ("seq_len", "seed", "shuffle")
+# Moments of one optimizer mean nothing to another.
+REFUSED = ("seq_len", "seed", "shuffle", "optimizer", "recipe")
+# What a checkpoint was made with if it is older than the setting.
+BEFORE = {"optimizer": "adamw", "recipe": "faithful"}
 # Compared by their effect (weights, configuration, token ids, content of the data, device), not by the flag.
 BY_CONTENT = ("preset", "data", "tokenizer", "init_from", "n_layer", "n_head", "n_embd", "device", "compile")
 # These do not change what is trained: a change is not mentioned. Everything else warns.
@@ -140,7 +144,8 @@ def failure_warned(action: str, state: TrainState, args: Namespace, log: RunLog)
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         if "unexpected pos" in reason:  # torch.save reports a full disk as a position in the stream
             reason = "the file could not be written completely"
-        need = format_bytes(sum(pair_bytes(state.model.num_parameters())))
+        moments = num_moments(state.model, args.optimizer)
+        need = format_bytes(sum(pair_bytes(state.model.num_parameters(), moments)))
         space = f"free {format_bytes(free_bytes(args.log_dir))}, need {need}"
         kept = state.newest_checkpoint or "nothing so far"
         log.warn(f"could not {action}: {reason} ({space}); keeping {kept}")
@@ -229,13 +234,14 @@ def start_or_resume(
 def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
     """Warnings about changed settings. Raises UserError, with all reasons, if it is of another run."""
     saved, config, problems = checkpoint.state, checkpoint.model["config"], []
+    settings = BEFORE | saved["train_args"]
     for key, value in identity.config.items():
         if key != "dropout" and config.get(key) != value:  # that is compared as a setting, which may change
             problems.append(f"has {key}={config.get(key)}, this run has {key}={value}")
     changed = {
-        key: (saved["train_args"][key], value)
+        key: (settings[key], value)
         for key, value in identity.settings.items()
-        if key not in (*BY_CONTENT, *HARMLESS) and saved["train_args"].get(key, value) != value
+        if key not in (*BY_CONTENT, *HARMLESS) and settings.get(key, value) != value
     }
     for key in REFUSED:
         if key in changed:
@@ -267,6 +273,6 @@ def _data_changes(before: list[dict], now: list[dict]) -> str:
         [tuple(entry) for stream in streams for entry in stream.get("shards", stream.items())]
         for streams in (before, now)
     )
-    lost = ", ".join([f"{entry[0]} {entry[1]}" for entry in old if entry not in new][:3])
-    added = ", ".join([f"{entry[0]} {entry[1]}" for entry in new if entry not in old][:3])
+    lost = ", ".join([" ".join(map(str, entry)) for entry in old if entry not in new][:3])
+    added = ", ".join([" ".join(map(str, entry)) for entry in new if entry not in old][:3])
     return f"before: {lost or 'nothing else'}; now: {added or 'nothing else'}"

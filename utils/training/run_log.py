@@ -86,15 +86,19 @@ class RunLog:
         self.add_record("run", **record)
 
     def log_update(
-        self, step: int, loss: float, norm: float, lr: float, speed: "Speed", num_skipped: int, memory: int
-    ) -> None:
-        """Records an update: loss and norm before it, updates skipped so far, peak memory in bytes."""
+        self, step: int, loss: float, norm: float, rates: dict[str, float], speed: "Speed", num_skipped: int,
+        memory: int,
+    ) -> None:  # fmt: skip
+        """Records an update: loss and norm before it, updates skipped so far, peak memory in bytes.
+
+        `rates` holds the learning rates; the console shows the first one, "lr", which is AdamW's.
+        """
         self._add_result(step, "train", f"{loss:.6f}")
         known_norm = norm if math.isfinite(norm) else None  # JSON has no infinity
-        values = dict(loss=loss, lr=lr, norm=known_norm, skipped=num_skipped)
+        values = dict(loss=loss, **rates, norm=known_norm, skipped=num_skipped)
         self.add_record("train", step=step, **values, seconds=speed.seconds, mfu=speed.mfu, memory=memory)
         parts = [
-            f"step {step:5d} | loss {loss:.4f} | lr {lr:.1e} | norm {norm:.2f}",
+            f"step {step:5d} | loss {loss:.4f} | lr {rates['lr']:.1e} | norm {norm:.2f}",
             f"{1000 * speed.seconds:.0f} ms | {speed.tokens_per_second:,.0f} tok/s",
             *([] if speed.mfu is None else [f"mfu {100 * speed.mfu:.1f}%"]),
             *([f"skipped {num_skipped}"] if num_skipped else []),

@@ -84,6 +84,13 @@ class TrainState:
         """What tells two checkpoints of a run apart: the step, and which of its evaluations are done."""
         return self.progress.step, list(self.progress.done)
 
+    def learning_rates(self) -> dict[str, float]:
+        """The rates of the last update: "lr" of AdamW and, where there is one, "muon_lr"."""
+        return {
+            "lr" if name == "optimizer" else f"{name}_lr": optimizer.param_groups[0]["lr"]
+            for name, optimizer in self.optimizers.items()
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, without the random number generators, which belong to the process."""
         return {

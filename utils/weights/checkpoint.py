@@ -93,9 +93,9 @@ def newest_model_file(log_dir: Path) -> Path | None:
     return next(reversed(model_files(log_dir)), None)
 
 
-def pair_bytes(num_parameters: int) -> tuple[int, int]:
-    """Bytes of a model file and of its optimizer file: float32 weights, and AdamW's two moments of each."""
-    return 4 * num_parameters, 8 * num_parameters
+def pair_bytes(num_parameters: int, num_moments: int) -> tuple[int, int]:
+    """Bytes of a model file and of its optimizer file: weights and moments, all in float32."""
+    return 4 * num_parameters, 4 * num_moments
 
 
 def checkpoints_to_keep(

@@ -169,7 +169,7 @@ TOKENIZERS: dict[str, Schema] = {
 }
 # What each optimizer, by its key in an optimizer file, holds for every parameter: "step" is one number, the
 # others have the shape of the parameter.
-OPTIMIZERS = {"optimizer": ("step", "exp_avg", "exp_avg_sq")}
+OPTIMIZERS = {"optimizer": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
 
 def _is_weights(value: Any) -> bool:
