@@ -83,7 +83,7 @@ def test_training_without_tiktoken_and_matplotlib_uses_characters(text_file, tmp
     assert process.returncode == 0, process.stderr
     assert "warning: tiktoken is not installed" in process.stderr
     assert "tokenizer char" in process.stdout
-    assert "warning: no curves.png: matplotlib is not installed" in process.stdout
+    assert "warning: no curves.png: matplotlib is not installed" in process.stderr
     (files,) = [line for line in process.stdout.splitlines() if line.startswith("in ")]
     assert "samples.txt, report.md" in files and "curves.png" not in files
     assert (tmp_path / "log" / "model_00002.pt").exists() and not (tmp_path / "log" / "curves.png").exists()
