@@ -143,6 +143,7 @@ def test_only_rank_0_trains_the_tokenizer(world, monkeypatch):
     assert open_text(world, BPE_300, other).tokenizer.state() == state
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_and_the_tokenizer_of_one(world, tmp_path):
     """Twenty steps and five validations to 1e-4; the tokenizer is equal byte for byte."""
     jobs = [finished(n, world, tmp_path / str(n), *BPE) for n in (1, 2)]
