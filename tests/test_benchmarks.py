@@ -112,6 +112,7 @@ def test_other_losses_of_recomputation_are_noticed(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.count("DISAGREE") == 3
 
 
+@pytest.mark.slow
 def test_forms_of_the_loss_are_compared(tmp_path: Path):
     """Ours, with its kernel where Triton is installed, is exact; a form that is not installed is named."""
     toy = ("--rows", 48, "--channels", 32, "--vocab-size", 1000, "--rounds", 1, "--device", "cpu")
@@ -348,6 +349,7 @@ def prepare_memory_hungry(
     return device, hungry_step
 
 
+@pytest.mark.slow
 def test_each_uses_the_largest_micro_batch_that_fits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
