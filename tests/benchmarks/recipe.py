@@ -200,7 +200,7 @@ def optimizer_milliseconds(flags: list[str], device: torch.device) -> float:
     from train_gpt import read_arguments
 
     args = read_arguments(flags)[0]
-    vocab_size = PADDED_GPT2_VOCAB if args.tokenizer == "gpt2" else 65
+    vocab_size = 65 if args.tokenizer == "char" else PADDED_GPT2_VOCAB  # of Tiny Shakespeare
     model = GPT(GPTConfig(args.seq_len, vocab_size, args.n_layer, args.n_head, args.n_embd)).to(device)
     choose_matmul(model)
     optimizers = make_optimizers(args, model, Distributed(device))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.shards.test_build import build, checksums, expected_tokens, make_documents, tokens_of
+from tests.shards.test_build import build, checksums, expected_tokens, make_documents, tokens_of, write_jsonl
 from utils.command_line import UserError
 from utils.shards.format import find_all_shards
 from utils.shards.manifest import Manifest
@@ -113,3 +113,15 @@ def test_nothing_but_bad_rows_is_an_error_that_counts_them(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match="not UTF-8|has no end"):
             build(tmp_path / "out", tmp_path / name, **{"bad-rows": "skip"})
+
+
+def test_a_tokenizer_is_trained_on_the_rows_that_have_a_text(tmp_path):
+    """Rows without text are skipped there as well, and counted with its own end-of-text token."""
+    path = write_rows(tmp_path / "a.jsonl", [1] * len(GOOD))
+    flags = {"shard-tokens": 3000, "bad-rows": "skip", "tokenizer": "bpe:300"}
+    build(tmp_path / "bad", path, **flags)
+    write_jsonl(tmp_path / "good.jsonl", GOOD)
+    build(tmp_path / "good", tmp_path / "good.jsonl", **flags)
+    assert np.array_equal(tokens_of(tmp_path / "bad"), tokens_of(tmp_path / "good"))
+    for record in Manifest.load(tmp_path / "bad").shards:
+        assert record["documents"] <= record["skipped_rows"] <= record["documents"] + 3

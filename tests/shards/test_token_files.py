@@ -12,15 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conftest import OFFLINE, ROOT
 from tests.shards.test_build import build, make_documents, tokens_of, write_jsonl
 from tests.small_runs import Killed, assert_same_run, kill_in_update, train
 from utils.command_line import UserError
 from utils.data_loader import split_text
+from utils.distributed import Distributed
 from utils.shards.format import shard_name, write_shard
 from utils.shards.stream import ShardStream
 from utils.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, GPT2Tokenizer
+from utils.tokenizer_json import train_bpe
+from utils.tokenizer_json import write_tokenizer as write_tokenizer_json
+from utils.training.data_source import Source, open_data
 from utils.weights.export import write_tokenizer
 
 T = 8
@@ -230,6 +235,25 @@ def test_nanogpts_characters_are_trained_on_as_text(tmp_path, monkeypatch, no_pi
     assert flags == f"--tokenizer char --data '{folder}/input.txt'"
     assert train(folder / "input.txt", tmp_path / "log", "--tokenizer", "char", "--max-steps", "2") == 0
     assert f"train: {int(0.9 * len(ids)):,} tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "warned"), [("gpt2", False), ("openai/gpt2-xl", False), ("/a.json", True)])
+def test_ids_are_gpt2s_unless_a_tokenizer_is_named(tmp_path, capsys, name, warned):
+    """A warning says what datatrove calls it; --tokenizer, or a tokenizer.json in the folder, decides."""
+    for number in range(2):
+        write_ds(tmp_path / "ds" / f"{number}.ds", [90], np.arange(90, dtype=np.uint16), name)
+    source, alone = Source("shards", tmp_path / "ds", "--data"), Distributed(torch.device("cpu"))
+    assert open_data(source, None, T, alone).tokenizer.name == "gpt2"
+    assert (
+        f"read as GPT-2's tokens; datatrove calls the tokenizer {name}" in capsys.readouterr().err
+    ) is warned
+    state = train_bpe(["some words and some more"] * 9, 270)
+    assert open_data(source, state, T, alone).tokenizer.vocab_size == 270
+    write_tokenizer_json(tmp_path / "ds", state)
+    assert open_data(source, None, T, alone).tokenizer.state() == state
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="holds tokens of a bpe tokenizer of 270 tokens, not GPT-2 tokens"):
+        open_data(source, {"name": "gpt2"}, T, alone)
 
 
 # ------------------------------------------------------------------------------------------------------------

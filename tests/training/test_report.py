@@ -103,6 +103,21 @@ def test_a_plot_needs_the_log_only(tmp_path):
     assert plot_run(tmp_path).exists() and read_metrics(tmp_path / "metrics.jsonl") == []
 
 
+def test_a_plot_shows_every_learning_rate(tmp_path, drawn):
+    """That of Muon beside AdamW's, with a legend; a single one needs none."""
+    for muon in ({}, {"muon_lr": 0.02}):
+        folder = tmp_path / f"with{len(muon)}"
+        folder.mkdir()
+        (folder / "log.txt").write_text("0 train 10.8\n1 train 9.0\n")
+        records = [{"kind": "train", "step": step, "lr": 0.1, **muon} for step in (0, 1)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        plot_run(folder)
+    one, two = (figure.axes[1] for figure in drawn)
+    assert [list(line.get_ydata()) for line in one.lines] == [[0.1, 0.1]] and one.get_legend() is None
+    assert [list(line.get_ydata()) for line in two.lines] == [[0.1, 0.1], [0.02, 0.02]]
+    assert [text.get_text() for text in two.get_legend().get_texts()] == ["AdamW", "Muon"]
+
+
 def test_smoothing_is_unbiased_at_the_start():
     """A constant is unchanged from the first value on, and a step is approached from below."""
     assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)

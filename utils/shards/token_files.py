@@ -28,7 +28,8 @@ from utils.shards.manifest import FILE_NAME
 from utils.text_files import quoted
 
 SPLITS = ("train", "val")
-PATTERNS = ("[!.]*.npy", "[!.]*.ds", *(f"{split}.bin" for split in SPLITS), FILE_NAME)
+DATATROVE_FILES = "[!.]*.ds"
+PATTERNS = ("[!.]*.npy", DATATROVE_FILES, *(f"{split}.bin" for split in SPLITS), FILE_NAME)
 METADATA_BYTES = 1 << 12  # more than any metadata
 DATATROVE_HINT = (
     "copy the three files of that name again, or have datatrove's DocumentTokenizer write them again"
@@ -53,6 +54,12 @@ def token_files(folder: Path, split: str) -> list[Shard]:
         what = f"{folder} holds no {split} shards (expected .npy files with {split!r} in their names)"
         raise UserError(what, hint_without_shards(folder))
     return shards
+
+
+def names_tokenizer(folder: Path) -> str | None:
+    """How datatrove's files name their tokenizer; None for token files of others, which do not."""
+    first = min(folder.glob(DATATROVE_FILES), default=None)
+    return None if first is None or find_all_shards(folder) else _read_ds(first)[1]
 
 
 def hint_without_shards(folder: Path) -> str:
@@ -96,7 +103,7 @@ def _read_bin(path: Path) -> Shard:
 def _datatrove_files(folder: Path) -> list[Shard]:
     """All .ds files that have tokens: a task of datatrove without documents writes an empty one."""
     shards, first = [], None
-    for path in sorted(folder.glob("[!.]*.ds")):
+    for path in sorted(folder.glob(DATATROVE_FILES)):
         shard, tokenizer = _read_ds(path)
         first = first or (path, tokenizer)
         # Only the last part of a path: each machine may have had the tokenizer in another folder.

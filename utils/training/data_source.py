@@ -56,8 +56,7 @@ TINY_SHAKESPEARE_BYTES = 1_115_394
 class Source(NamedTuple):
     """Where the data comes from, and why."""
 
-    # "shards", "texts" (a folder), "text", "records" (.jsonl, .parquet), "download" (to `path`), "pydoc" (no
-    # file)
+    # "shards" or "texts" (folders), "text" or "records" (files), "download" (to `path`), "pydoc" (no path)
     kind: str
     path: Path | None
     reason: str

@@ -1,5 +1,6 @@
 """Which tokenizer a run uses, and texts in its tokens."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from utils.console import warn
 from utils.data_loader import TRAIN_SHARE
 from utils.distributed import Distributed
 from utils.shards.encoder import encode_one_by_one
+from utils.shards.format import find_all_shards
+from utils.shards.token_files import names_tokenizer
 from utils.shards.tokenizer import tokenizer_of
 from utils.tokenizer import END_OF_TEXT, Tokenizer, has_tiktoken, tokenizer_from_state
 from utils.tokenizer_json import read_tokenizer, train_bpe
@@ -53,8 +56,17 @@ def fits_request(requested: str, state: dict[str, Any]) -> bool:
 
 
 def tokenizer_of_shards(folder: Path, state: dict[str, Any] | None, dist: Distributed) -> Tokenizer:
-    """The tokenizer of a folder of shards. Raises UserError if `state` is given and is another one's."""
+    """The tokenizer of a folder of shards. Raises UserError if `state` is given and is another one's.
+
+    Token files of other programs are GPT-2's unless `state` is a tokenizer.json, or one lies in the folder.
+    """
     found = dist.on_master(lambda: tokenizer_of(folder))
+    if found["name"] == "gpt2" and not find_all_shards(folder):
+        if state and "json" in state:
+            return tokenizer_from_state(state)
+        name = names_tokenizer(folder)
+        if state is None and name and not os.path.basename(name).startswith("gpt2") and dist.is_master:
+            warn(f"{folder}: read as GPT-2's tokens; datatrove calls the tokenizer {name} (see --tokenizer)")
     if state not in (None, found):
         if state["name"] == "folder":
             tokenizer_from_state(state)  # raises
