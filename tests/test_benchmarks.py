@@ -55,6 +55,7 @@ def measured(tmp_path: Path, *arguments: Any, **environment: str) -> tuple[dict[
     return json.loads((tmp_path / "figures.json").read_text()), process.stdout
 
 
+@pytest.mark.slow
 def test_steps_are_compared_at_equal_losses(tmp_path: Path):
     """Ours, plain PyTorch and Hugging Face have the same losses in every step of two micro-batches."""
     sizes = "--seq-len 16 --micro-batch 2 --micro-steps 2 --vocab-size 300 --rounds 2".split()
@@ -68,6 +69,7 @@ def test_steps_are_compared_at_equal_losses(tmp_path: Path):
     assert "losses agree" in printed and figures["date"] and figures["cpu"]
 
 
+@pytest.mark.slow
 def test_texts_are_compared_token_by_token(tmp_path: Path):
     """Ours, Hugging Face's generate and plain PyTorch without a cache produce the same text."""
     figures, printed = measured(tmp_path, "generate", *TOY, "--max-new-tokens", 24, "--rounds", 2)
@@ -77,6 +79,7 @@ def test_texts_are_compared_token_by_token(tmp_path: Path):
     assert figures["ours"]["share_of_limit"] == pytest.approx(ours / figures["limit_tokens_per_second"])
 
 
+@pytest.mark.slow
 def test_shards_and_loader_are_measured(tmp_path: Path):
     """The builder writes the reference's bytes; the loader is compared with nothing."""
     figures, printed = measured(tmp_path, "shards", "--megabytes", 1, "--runs", 1, "--shard-tokens", 100_000)
@@ -86,6 +89,7 @@ def test_shards_and_loader_are_measured(tmp_path: Path):
     assert figures["tokens_per_second"] > 0 and "median" in printed
 
 
+@pytest.mark.slow
 def test_recomputation_is_compared_in_memory_and_time(tmp_path: Path):
     """The same losses in every update, and less memory, although a toy has few activations to recompute."""
     sizes = "--n-layer 12 --n-head 2 --n-embd 64 --seq-len 256 --micro-batch 8 --rounds 1".split()
@@ -108,6 +112,7 @@ def test_other_losses_of_recomputation_are_noticed(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.count("DISAGREE") == 3
 
 
+@pytest.mark.slow
 def test_forms_of_the_loss_are_compared(tmp_path: Path):
     """Ours, with its kernel where Triton is installed, is exact; a form that is not installed is named."""
     toy = ("--rows", 48, "--channels", 32, "--vocab-size", 1000, "--rounds", 1, "--device", "cpu")
@@ -344,6 +349,7 @@ def prepare_memory_hungry(
     return device, hungry_step
 
 
+@pytest.mark.slow
 def test_each_uses_the_largest_micro_batch_that_fits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -89,7 +89,7 @@ def test_dropout_changes_no_parameter_name():
 def val_loss(model: GPT) -> float:
     """Of `train_gpt.evaluate`."""
     stream = TextStream("t", torch.arange(90).numpy(), 0, {})
-    return train_gpt.evaluate(model, WindowLoader(stream, 16, 2), 80, ALONE, torch.float32)
+    return train_gpt.evaluate(model, WindowLoader(stream, 16, 2).val_batches(80), ALONE, torch.float32)
 
 
 def samples(model: GPT) -> list[str]:

@@ -261,6 +261,7 @@ def test_a_part_of_a_text_is_evaluated_whole(finished_run, tmp_path, capsys):
         train_gpt.main([*flags, "val", "--data", str(text_file), "--stride", "17"])
 
 
+@pytest.mark.slow
 def test_deterministic_runs_are_equal(text_file, tmp_path):
     """--deterministic selects deterministic algorithms, and two runs have the same log."""
     code = (

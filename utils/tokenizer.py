@@ -248,6 +248,7 @@ def bytes_of(tokens: Iterable[str]) -> list[bytes]:
     return [token.translate(table).encode("latin-1") for token in tokens]
 
 
+@cache
 def load_merges() -> dict[bytes, int]:
     """The merge table as tiktoken takes it: the bytes of each token and its id."""
     return {token: rank for rank, token in enumerate(bytes_of(token_strings()))}

@@ -226,11 +226,10 @@ class JsonTokenizer:
         """0 for special tokens, and for every token where the library's decoder works on more than bytes."""
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         if (self._content.get("decoder") or {}).get("type") == "ByteLevel":
-            special = {token["content"] for token in self._added_tokens if token["special"]}
-            added = {token["content"] for token in self._added_tokens}
+            special = {token["content"] for token in self._added_tokens if token.get("special")}
             for token, i in self._vocabulary.items():
                 if token not in special:  # a character for each byte, except in tokens that were added
-                    sizes[i] = len(token.encode() if token in added else token)
+                    sizes[i] = len(token.encode() if token in self._added_names else token)
         return sizes
 
     def state(self) -> dict[str, Any]:
@@ -285,8 +284,10 @@ class JsonTokenizer:
             and not any(model.get(option) for option in options)
             and self._content.get("normalizer") is None
             and all(pre_tokenizer.get(key, True) == value for key, value in GPT2_PRE_TOKENIZER.items())
-            and all(
-                token["special"] and not (token["lstrip"] or token["rstrip"] or token["single_word"])
+            and all(token.get("special") for token in self._added_tokens)
+            and not any(
+                token.get(option)
                 for token in self._added_tokens
+                for option in ("lstrip", "rstrip", "single_word")
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from eval_hellaswag import make_example
 from tests.test_eval_hellaswag import HELLO, fixture_rows
 from utils.command_line import UserError
 from utils.hellaswag.tokenization import harness_text, tokenizer_for
-from utils.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, tokenizer_from_state
+from utils.tokenizer import GPT2_VOCAB_SIZE, GPT2Tokenizer, byte_alphabet, tokenizer_from_state
 from utils.weights.pretrained import tokenizer_state_of
 
 
@@ -65,5 +66,34 @@ def test_a_transformers_folder_is_evaluated_with_its_own_tokenizer(tmp_path, mon
     assert found.encode("puts the oven").tolist() == [vocabulary[word] for word in ("puts", "the", "oven")]
     with pytest.raises(UserError, match="the model only 50"):
         tokenizer_for(tmp_path, state, 50)
-    with pytest.raises(UserError, match="a tokenizer of its own"):  # generate.py and train_gpt.py
+    assert tokenizer_from_state(state).encode("puts").tolist() == found.encode("puts").tolist()
+
+
+def test_a_tokenizer_that_is_no_tokenizer_json_is_for_hellaswag_only(tmp_path, monkeypatch):
+    """One that transformers has in Python only; sampling and training refuse it."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "vocab.json").write_text(json.dumps({"hello": 0, "world": 1, "<unk>": 2}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e 1\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    assert not hasattr(transformers.AutoTokenizer.from_pretrained(tmp_path), "backend_tokenizer")
+    state = tokenizer_state_of(tmp_path)
+    assert state == {"name": "folder"}
+    assert tokenizer_for(tmp_path, state, 3).encode("<unk>").tolist() == [2]
+    with pytest.raises(UserError, match="a tokenizer of its own"):
         tokenizer_from_state(state)
+
+
+def test_a_tokenizer_in_other_files_becomes_a_tokenizer_json(tmp_path, monkeypatch):
+    """What transformers can make one of, here vocab.json and merges.txt, is used everywhere."""
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tokens = [*byte_alphabet(), "he", "hel", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nh e\nhe l\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    state = tokenizer_state_of(tmp_path)
+    tokenizer = tokenizer_from_state(state)
+    assert state["name"] == "bpe" and tokenizer.end_of_text == 258
+    assert tokenizer.encode("hello").tolist() == [257, *(tokens.index(letter) for letter in "lo")]
+    assert tokenizer.decode(tokenizer.encode("\u4f60\u597d hello")) == "\u4f60\u597d hello"

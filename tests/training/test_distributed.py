@@ -114,6 +114,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_as_one(short_text, jobs, tmp_path):
     """Two torchrun agents without a shared folder: the losses of one process, and only rank 0 writes."""
     agent = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=gpt")
@@ -201,7 +202,7 @@ def test_a_signal_to_one_process_stops_all_ranks_after_saving(target, short_text
     ("num_ranks", "recipe"),
     [
         pytest.param(2, (), marks=pytest.mark.slow),
-        (3, ()),
+        pytest.param(3, (), marks=pytest.mark.slow),
         pytest.param(1, MUON, marks=pytest.mark.slow),
         pytest.param(2, MUON, marks=pytest.mark.slow),
     ],

@@ -108,6 +108,7 @@ def test_dropout_changes_the_run(dropped, undisturbed):
     assert all(a != b for a, b in zip(ours[1:], theirs[1:]))
 
 
+@pytest.mark.slow
 def test_two_ranks_are_resumed_bitwise_also_with_recomputation(short_text, tmp_path):
     """A job of two ranks with --recompute, killed, and resumed without it, is the uninterrupted one."""
     flags = ("--total-batch-tokens", "128", "--max-steps", "8", *DROPOUT)

@@ -189,9 +189,11 @@ def test_without_a_preset_device_and_data_decide(tmp_path, monkeypatch):
     """A table of both, over shards, a text and a text read as characters; the reason has both facts."""
     text = str(tmp_path / "text.txt")
     (tmp_path / "text.txt").touch()
-    (tmp_path / "shards").mkdir()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "edufineweb_train_000001.npy").touch()
     data_flags = {
-        "shards": ["--data", str(tmp_path / "shards")],
+        "shards": ["--data", str(shards)],
         "a text": ["--data", text],
         "characters": ["--data", text, "--tokenizer", "char"],
     }
@@ -200,13 +202,13 @@ def test_without_a_preset_device_and_data_decide(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda device=device: device == "CUDA")
         args, reason = train_gpt.read_arguments(data_flags[data])
         assert (args.preset, reason) == (preset, f"{device}, {data}")
-        assert args.tokenizer == ("char" if data == "characters" else "gpt2")
+        assert args.tokenizer == ("char" if data == "characters" else None)
     assert train_gpt.read_arguments(["--data", str(tmp_path)])[1] == "no CUDA, a text"  # a folder of texts
     assert train_gpt.PRESET_FOR["CUDA", "shards"] == "gpt2"
     assert train_gpt.PRESET_FOR["no CUDA", "a text"] == "tiny"
     assert len(set(train_gpt.PRESET_FOR.values())) == len(train_gpt.PRESETS)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    args, reason = train_gpt.read_arguments([*data_flags["shards"], "--device", "cpu"])
+    args, reason = train_gpt.read_arguments(["--data", str(shards), "--device", "cpu"])
     assert (args.preset, reason) == ("tiny", "no CUDA, shards")
     assert train_gpt.read_arguments(["--preset", "char"])[1] == "--preset"
 

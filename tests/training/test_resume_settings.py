@@ -159,7 +159,7 @@ def test_dropout_masks_depend_on_the_environment_as_rounding_does(dropout, what)
     saved = {"train_args": {}, "tokenizer": {}, "data": [], "environment": {"world_size": 2}}
     checkpoint = Checkpoint(Path("model_00001.pt"), {"config": {}}, saved)
     (warning,) = check_same_run(Identity({}, {"dropout": dropout}, {}, [], {"world_size": 1}), checkpoint)
-    assert warning == f"warning: world size 2 -> 1: continuing, results equal to {what} only"
+    assert warning == f"world size 2 -> 1: continuing, results equal to {what} only"
 
 
 @pytest.mark.parametrize("before", [{"compiled": False, "threads": 2}, {"threads": 2}])

@@ -65,6 +65,7 @@ def test_a_run_stopped_by_a_signal_is_resumed_bitwise(
     assert_same_run(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_resumed_bitwise(short_text, undisturbed, tmp_path):
     """SIGKILL of a real process at step 7, resumed by the same command."""
     process = start(short_text, tmp_path)

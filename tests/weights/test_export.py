@@ -11,7 +11,8 @@ import torch
 from gpt_model import GPT
 from tests.conftest import run, tiny_model
 from utils.command_line import Unfinished, UserError, run_script
-from utils.tokenizer import GPT2Tokenizer
+from utils.tokenizer import GPT2Tokenizer, tokenizer_from_state
+from utils.tokenizer_json import train_bpe
 from utils.weights import export
 from utils.weights.checkpoint import model_content, save_pair
 from utils.weights.pretrained import tokenizer_state_of
@@ -77,14 +78,37 @@ def test_autotokenizer_encodes_as_ours_does(exported):
     assert len(tokenizer) == 50257
 
 
-@pytest.mark.parametrize(("token", "name"), [("[PAD]", "gpt2"), ("[header]", "folder")])
+@pytest.mark.parametrize(("token", "name"), [("[PAD]", "gpt2"), ("[header]", "bpe")])
 def test_an_added_token_matters_if_hellaswag_contains_it(token, name, exported, tmp_path):
     """A padding token leaves the tokenizer GPT-2's; one that occurs in WikiHow's texts changes their ids."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported[1])
     tokenizer.add_tokens([token])
     tokenizer.save_pretrained(tmp_path)
-    assert tokenizer_state_of(tmp_path) == {"name": name}
+    state = tokenizer_state_of(tmp_path)
+    assert state["name"] == name
+    ids = tokenizer_from_state(state).encode(f"it ends. {token} Then").tolist()
+    assert (ids == tokenizer.encode(f"it ends. {token} Then")) is (name == "bpe")
+
+
+@pytest.mark.parametrize("end_of_text", ["<|endoftext|>", "Ġthe"])
+def test_a_tokenizer_of_ones_own_is_exported_and_read_back(end_of_text, tmp_path, capsys):
+    """AutoTokenizer encodes the same ids, in any language; the folder gives back the tokenizer's state."""
+    from transformers import AutoTokenizer
+
+    text = "the first, the second:  \u7b2c\u4e00\u6761 \u0623\u062d\u0631\u0627\u0631 \U0001f600\n\n it's\t"
+    model = tiny_model(vocab_size=384)
+    model.tokenizer_state = {**train_bpe([text * 9], 300), "end_of_text": end_of_text}
+    ours = tokenizer_from_state(model.tokenizer_state)
+    assert export.export(model, tmp_path / "out") < 1e-9
+    assert "tokenizer.json: the model's own tokenizer" in capsys.readouterr().out
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs(text)["input_ids"] == ours.encode(text).tolist() and len(theirs) == ours.vocab_size
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert theirs.eos_token_id == ours.end_of_text
+    assert theirs("<|endoftext|>")["input_ids"] == ours.encode("<|endoftext|>", allow_special=True).tolist()
+    again = GPT.load(tmp_path / "out")
+    assert again.tokenizer_state == model.tokenizer_state and again.config.vocab_size == ours.vocab_size
 
 
 def test_the_command_reports_what_it_wrote_and_verified(exported):
@@ -112,7 +136,9 @@ def test_a_character_model_is_exported_with_its_vocabulary(tmp_path, capsys):
     assert again.config.vocab_size == 4 and again.tokenizer_state == model.tokenizer_state
     for damaged in ("[1]", '{"a": 1}', "{"):
         (tmp_path / "out" / "characters.json").write_text(damaged)
-        with pytest.raises(UserError, match="characters.json (holds no characters|cannot be read)"):
+        with pytest.raises(
+            UserError, match="characters.json (holds no characters|cannot be read as an object)"
+        ):
             GPT.load(tmp_path / "out")
 
 

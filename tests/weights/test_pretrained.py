@@ -107,7 +107,9 @@ def test_a_damaged_tokenizer_is_an_error(files, folder):
     (folder / "characters.json").unlink()
     for name, text in files.items():
         (folder / name).write_text(text)
-    with pytest.raises(UserError, match="cannot load the tokenizer in ") as caught:
+    with pytest.raises(
+        UserError, match="cannot load the tokenizer in |json is not a tokenizer.json"
+    ) as caught:
         GPT.load(folder)
     assert "\n" not in str(caught.value)
 

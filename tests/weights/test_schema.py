@@ -18,6 +18,7 @@ from gpt_model import GPT, GPTConfig
 from tests.conftest import ROOT
 from tests.small_runs import RESUMABLE
 from utils.command_line import UserError
+from utils.tokenizer_json import train_bpe
 from utils.weights import schema
 from utils.weights.checkpoint import load_pair
 
@@ -145,6 +146,41 @@ def test_the_undamaged_fixture_passes(pair, short_text, capsys):
         shutil.copy(FIXTURE / name, pair / name)
     assert resume(pair, short_text) == 0 and "already complete: step 9" in capsys.readouterr().out
     assert GPT.load(pair / MODEL).config.n_embd == 16
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda state: {**state, "json": state["json"][:-9]},
+            "key tokenizer.json is .*the text of a",
+        ),
+        (lambda state: {**state, "json": "[" * 100_000}, "key tokenizer.json is .*100,000 characters"),
+        (lambda state: {**state, "json": '{"model":' * 5000 + "1" + "}" * 5000}, "key tokenizer.json is "),
+        (lambda state: {**state, "json": state["json"].replace('"e":', '"zz":')}, "key tokenizer.json is "),
+        (lambda state: {**state, "json": {"model": 1}}, "key tokenizer.json is a dict of 1"),
+        (lambda state: {"name": "bpe", "json": state["json"]}, "key tokenizer.end_of_text is missing"),
+        (
+            lambda state: {**state, "end_of_text": 0},
+            "tokenizer.end_of_text is 0 .expected a text or None",
+        ),
+        (lambda state: {**state, "more": 0}, "key tokenizer has the unknown 'more'"),
+        (lambda state: {**state, "name": "gpt2"}, "key tokenizer has the unknown 'json'"),
+        (lambda state: {**state, "name": "best"}, "key tokenizer.name is 'best'"),
+    ],
+)
+def test_a_damaged_tokenizer_json_is_refused(damage, message, tmp_path):
+    """In a checkpoint: cut, nested beyond measure, without a token that its merges need, of another kind."""
+    pytest.importorskip("tokenizers")
+    state = train_bpe(["a tokenizer of one's own " * 9], 270)
+    for tokenizer, fails in ((state, False), (damage(state), True)):
+        torch.save({**CONTENTS[MODEL], "tokenizer": tokenizer}, tmp_path / MODEL)
+        if not fails:
+            assert GPT.load(tmp_path / MODEL).tokenizer_state == state
+            continue
+        with pytest.raises(UserError, match=f"{MODEL}: .*{message}") as caught:
+            GPT.load(tmp_path / MODEL)
+        assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def published_val_losses(records: list[dict[str, Any]]) -> dict[int, float]:
     found = {name: settings.get(name) for name in PUBLISHED_RECIPE}
     # isclose: the default of min_lr is max_lr / 10, which is not 6e-5 to the last bit.
     same = all(is_number(found[name]) and math.isclose(found[name], PUBLISHED_RECIPE[name]) for name in found)
-    same = same and all(settings.get(name, value) == value for name, value in PUBLISHED_KINDS.items())
+    same = same and all(settings.get(name) in (None, value) for name, value in PUBLISHED_KINDS.items())
     return PUBLISHED_VAL_LOSSES if same else {}
 
 

@@ -151,15 +151,18 @@ def save_pair(log_dir: Path, step: int, model: dict[str, Any], state: dict[str, 
     The optimizer file appears first, so a model file that has one is complete and can be resumed from. Raises
     OSError or RuntimeError if the disk is full, for example; earlier files are then untouched.
     """
-    head = {"format": FORMAT, "version": VERSION, "save_id": uuid.uuid4().hex}
-    path = model_path(log_dir, step)
+    head, path = _new_head(), model_path(log_dir, step)
     save_atomically({state_path(path): {**head, **state}, path: {**head, **model}})
     return path
 
 
 def save_model(path: Path, model: dict[str, Any]) -> None:
     """Writes a model file alone, from which a run cannot be resumed. Raises as `save_pair` does."""
-    save_atomically({path: {"format": FORMAT, "version": VERSION, **model}})
+    save_atomically({path: {**_new_head(), **model}})
+
+
+def _new_head() -> dict[str, Any]:
+    return {"format": FORMAT, "version": VERSION, "save_id": uuid.uuid4().hex}
 
 
 def save_atomically(contents: dict[Path, dict[str, Any]]) -> None:
