@@ -15,7 +15,7 @@ from utils.command_line import UserError
 from utils.shards.format import find_all_shards
 from utils.shards.manifest import Manifest
 
-GOOD = [text or "x" for text in make_documents(120, seed=9)]
+GOOD = [text or "x" for text in make_documents(100, seed=9)]
 BAD_LINES = [
     b'{"text": null}',
     b'{"body": "x"}',
@@ -25,16 +25,17 @@ BAD_LINES = [
     b"7",
     b"{,}",
 ]
+END_ROWS = 300  # bad ones after the last document: some parts hold nothing else
 BAD_VALUES = [None, b"caf\xe9"]
 
 
 def write_rows(path: Path, groups: list[int]) -> Path:
-    """The good documents, with as many bad rows before each as `groups` says, and three at the end."""
+    """The good documents, with as many bad rows before each as `groups` says, and END_ROWS at the end."""
     draw = random.Random(8)
     is_parquet = path.suffix == ".parquet"
     good = [text if is_parquet else json.dumps({"text": text}) for text in GOOD]
     rows = []
-    for row, count in zip([*good, None], [*groups, 3]):
+    for row, count in zip([*good, None], [*groups, END_ROWS]):
         rows += draw.choices(BAD_VALUES if is_parquet else BAD_LINES, k=count)
         rows += [row.encode()] if row is not None else []
     if is_parquet:
@@ -58,11 +59,11 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, monkeypatch, capsys
     draw = random.Random(4)
     groups = [draw.choice((0, 0, 1, 2, 3)) for _ in GOOD]
     path = write_rows(tmp_path / f"a.{kind}", groups)
-    flags = {"shard-tokens": 1500, "bad-rows": "skip"}
+    flags = {"shard-tokens": 2500, "bad-rows": "skip"}
     with pytest.raises(UserError, match=f"a.{kind}"):
         build(tmp_path / "stopped", path, **{**flags, "bad-rows": "stop"})
     build(tmp_path / "whole", path, **flags)
-    total = sum(groups) + 3
+    total = sum(groups) + END_ROWS
     assert f"{total} rows without text skipped" in capsys.readouterr().out
     assert np.array_equal(tokens_of(tmp_path / "whole"), expected_tokens(GOOD))
     manifest = Manifest.load(tmp_path / "whole")
@@ -71,10 +72,10 @@ def test_rows_without_text_are_skipped_and_counted(tmp_path, monkeypatch, capsys
     before = np.cumsum(groups)  # bad rows before each document's first token
     for record, count in zip(manifest.shards, counts):
         assert before[record["documents"] - 1] <= count <= [*before, total][record["documents"]]
-    for shards in range(1, len(counts)):
+    for shards in range(1, len(counts), 2):
         build(tmp_path / "pieces", path, **flags, **{"max-shards": shards})
         assert Manifest.load(tmp_path / "pieces").skipped_rows == counts[shards - 1]
-    build(tmp_path / "pieces", path, workers=2, **flags)
+    build(tmp_path / "pieces", path, workers=2 if kind == "jsonl" else 1, **flags)
     assert checksums(tmp_path / "pieces") == checksums(tmp_path / "whole")
     capsys.readouterr()
     build(tmp_path / "pieces", path, **flags)
@@ -89,11 +90,11 @@ def test_a_build_that_stopped_at_a_bad_row_continues_without_it(tmp_path):
     """As its hint says: what it has written has none. The other way round would leave unnamed gaps."""
     lines = [json.dumps({"text": text}) for text in GOOD]
     path = tmp_path / "a.jsonl"
-    path.write_text("\n".join([*lines[:100], "{", *lines[100:]]))
+    path.write_text("\n".join([*lines[:80], "{", *lines[80:]]))
     out, flags = tmp_path / "out", {"shard-tokens": 1500}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("utils.shards.documents.PART_BYTES", 1500)
-        with pytest.raises(UserError, match="a.jsonl:101: not JSON") as caught:
+        with pytest.raises(UserError, match="a.jsonl:81: not JSON") as caught:
             build(out, path, **flags)
         assert "build shards with --bad-rows skip" in caught.value.hint
         assert len(find_all_shards(out)) > 3
@@ -124,4 +125,4 @@ def test_a_tokenizer_is_trained_on_the_rows_that_have_a_text(tmp_path):
     build(tmp_path / "good", tmp_path / "good.jsonl", **flags)
     assert np.array_equal(tokens_of(tmp_path / "bad"), tokens_of(tmp_path / "good"))
     for record in Manifest.load(tmp_path / "bad").shards:
-        assert record["documents"] <= record["skipped_rows"] <= record["documents"] + 3
+        assert record["documents"] <= record["skipped_rows"] <= record["documents"] + END_ROWS
