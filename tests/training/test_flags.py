@@ -203,6 +203,7 @@ def test_without_a_preset_device_and_data_decide(tmp_path, monkeypatch):
         args, reason = train_gpt.read_arguments(data_flags[data])
         assert (args.preset, reason) == (preset, f"{device}, {data}")
         assert args.tokenizer == ("char" if data == "characters" else None)
+    assert train_gpt.read_arguments(["--data", str(tmp_path)])[1] == "no CUDA, a text"  # a folder of texts
     assert train_gpt.PRESET_FOR["CUDA", "shards"] == "gpt2"
     assert train_gpt.PRESET_FOR["no CUDA", "a text"] == "tiny"
     assert len(set(train_gpt.PRESET_FOR.values())) == len(train_gpt.PRESETS)
