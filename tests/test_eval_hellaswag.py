@@ -440,6 +440,7 @@ def test_the_file_is_found_and_read_once_and_the_model_gets_the_fast_matmuls(che
     assert calls == ["find_or_download", "read_rows", "score_style", "score_style"]
 
 
+@pytest.mark.slow
 def test_an_unlabelled_split_needs_a_file_for_its_predictions(checkpoint, tmp_path):
     """Without --output exit 2; with it, predictions and no accuracy."""
     unlabelled = [{key: row[key] for key in ("ctx", "endings")} for row in fixture_rows()]

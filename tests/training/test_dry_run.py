@@ -196,6 +196,7 @@ def test_the_measured_memory_is_that_of_the_run(text_file, tmp_path):
     assert measured == pytest.approx(float(re.search(r"peak memory (\S+) GB", real.stdout)[1]), rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_fit_is_reported_within_seconds(tmp_path):
     """800 billion parameters: exit code 0, the plan with all its numbers, and the reason not to measure."""
     started = time.monotonic()

@@ -231,6 +231,7 @@ def test_the_report_and_the_picture_of_a_real_run(tmp_path, text_file):
     assert plot_comparison([tmp_path / "log"], tmp_path / "x.png").exists()
 
 
+@pytest.mark.slow
 def test_the_commands_write_their_files(tmp_path):
     """`python -m utils.training.plotting` and `python -m utils.training.report`, as a user types them."""
     log_dir = fake_run(tmp_path / "log")

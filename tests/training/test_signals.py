@@ -90,6 +90,7 @@ def test_ctrl_c_saves(short_text, tmp_path):
     assert "received SIGINT: saved" in out and "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_unless_it_is_ignored(short_text, tmp_path):
     """SIGHUP saves and exits with 143; under nohup, which ignores it, the run continues to its end."""
     process = start(short_text, tmp_path / "a", "--max-steps", "100000")
