@@ -577,6 +577,7 @@ def main(argv: list[str] | None = None) -> int:
                     if step < args.max_steps:
                         print(why_it_ended(run.state.progress, args))
                 if run.state.resumed_from is not None:  # a kill after the last save may have lost these two
+                    stop.defer()  # a signal must not end it within a file
                     with RunLog(args.log_dir, is_master=dist.is_master) as log:
                         log.draw_curves()
                         log.write_report()
