@@ -53,7 +53,16 @@ def fake_run(log_dir: Path, *, hellaswag: bool = True, slower: float = 1.0, **se
         if step % 10 == 0:
             lines.append(f"{step} val {loss:.4f}")
             seconds = 0.5 * slower * step
-            records.append(dict(kind="val", step=step, loss=loss, tokens=1000 * step, seconds=seconds))
+            records.append(
+                dict(
+                    kind="val",
+                    step=step,
+                    loss=loss,
+                    tokens=1000 * step,
+                    seconds=seconds,
+                    bits_per_byte=loss / 3,
+                )
+            )
             if hellaswag:
                 accuracy = 0.25 + 0.001 * step
                 lines.append(f"{step} hella {accuracy:.4f}")
@@ -190,7 +199,12 @@ def test_the_report_has_results_and_costs(tmp_path):
     for row in (
         *("parameters | 12,345", "steps | 40 |", "training tokens | 40,000", "time of updates | 20s"),
         *("speed | 2,000 tokens/s, 500 ms a step", "peak memory | 2.00 GB", "torch | 2.0.1"),
-        *("val loss | 3.1182 nats", "val perplexity | 22.61", "data | input.txt"),
+        *(
+            "val loss | 3.1182 nats",
+            "val perplexity | 22.61",
+            "val bits per byte | 1.0394",
+            "data | input.txt",
+        ),
         "HellaSwag | 0.2900 ± 0.0045 on 10,042 examples after step 40 (published: GPT-2 124M 0.2955",
     ):
         assert f"| {row}" in text, row

@@ -283,6 +283,9 @@ def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[s
         if published := published_val_losses(records).get(step):
             rows["val loss"] += f" (published for this recipe on FineWeb-Edu: {published})"
         rows["val perplexity"] = perplexity(loss)
+        bits = {r["step"]: r.get("bits_per_byte") for r in records if r["kind"] == "val"}.get(step)
+        if is_number(bits):
+            rows["val bits per byte"] = f"{bits:.4f}"
     if hellaswag := [r for r in records if r["kind"] == "hella"]:
         rows["HellaSwag"] = hellaswag_result(**hellaswag[-1])
     return rows
