@@ -368,6 +368,7 @@ def test_a_mirror_that_is_not_installed_is_an_error_before_the_first_step(flag, 
     [
         (("--sample-every", "0", "--sample-prompt", "x"), "--sample-prompt (with --sample-every 0)"),
         (("--val-every", "0", "--val-tokens", "64"), "--val-tokens (with --val-every 0)"),
+        (("--val-every", "0", "--patience", "3"), "--patience (with --val-every 0)"),
         (("--hellaswag-examples", "5"), "--hellaswag-examples (with --hellaswag-every 0)"),
         (("--cost-per-hour", "3"), "--cost-per-hour (without --dry-run)"),
         (("--max-lr", "1", "--eval-only"), "--max-lr (with --eval-only)"),

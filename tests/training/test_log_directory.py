@@ -155,6 +155,24 @@ def test_an_archive_on_another_file_system_receives_copies(tmp_path, monkeypatch
     assert sorted(path.name for path in archive.iterdir()) == ["model_00001.pt", "tensorboard"]
 
 
+def test_a_log_directory_that_cannot_be_created_again_ends_no_run(
+    short_text, tmp_path, monkeypatch, capsys, no_pictures
+):
+    """A file stands in its place: warnings until the last step, then exit code 1."""
+    log_dir, real = tmp_path / "log", train_gpt.update
+
+    def update(state: TrainState, *rest: object) -> tuple[float, float]:
+        if state.progress.step == 4:
+            shutil.rmtree(log_dir)
+            log_dir.touch()
+        return real(state, *rest)
+
+    monkeypatch.setattr(train_gpt, "update", update)
+    with pytest.raises(Unfinished, match="the final checkpoint could not be saved"):
+        train(short_text, log_dir)
+    assert "warning: could not save step 20: File exists (free " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fate", ["removed", "renamed"])
 def test_a_log_directory_that_disappears_ends_no_run(
     fate, short_text, tmp_path, monkeypatch, capsys, no_pictures

@@ -106,7 +106,7 @@ def unused_flags(args: Namespace) -> dict[str, str]:
     """Settings that mean nothing together with others, and why."""
     unused = {}
     if not args.val_every and not args.eval_only:
-        unused["val_tokens"] = "with --val-every 0"
+        unused.update(dict.fromkeys(("val_tokens", "patience"), "with --val-every 0"))
     if not args.sample_every:
         unused["sample_prompt"] = "with --sample-every 0"
     if not args.hellaswag_every:
@@ -144,6 +144,8 @@ def flag_of(name: str) -> str:
 
 def check_ranks_agree(args: Namespace, dist: Distributed) -> None:
     """Raises UserError, with flags, ranks and values, unless all ranks run the same code and settings."""
+    if dist.is_alone:
+        return
     own = ("device", "log_dir", "hellaswag_dir", "data")  # may differ: the content of the data is compared
     settings = {flag_of(name): value for name, value in settings_of(args).items() if name not in own}
     settings.update({"torch's version": torch.__version__, "the code's SHA-256": sha256_of_code()[:12]})
@@ -184,8 +186,8 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
     for name in ("val_every", "hellaswag_every", "sample_every", "checkpoint_every"):
         every = getattr(args, name)
         if every and args.max_steps // every > MOST_TIMES:
-            flag, times = name.replace("_", "-"), f"{args.max_steps // every:,}"
-            problems.append(f"--{flag} {every} in --max-steps {args.max_steps} is {times} times")
+            times = f"{args.max_steps // every:,}"
+            problems.append(f"{flag_of(name)} {every} in --max-steps {args.max_steps} is {times} times")
     if args.min_lr > args.max_lr:
         problems.append(f"--min-lr {args.min_lr:g} is above --max-lr {args.max_lr:g}")
     if args.decay_fraction > 1:

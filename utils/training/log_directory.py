@@ -78,9 +78,8 @@ def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | N
     files = [path for pattern in RUN_FILES for path in log_dir.glob(pattern)]
     if checkpoints_after is not None:
         files = [path for path in files if path.suffix == ".pt" and step_of(path) > checkpoints_after]
-        files += (
-            [best] if (best := best_path(log_dir)).exists() and saved_step(best) > checkpoints_after else []
-        )
+        best = best_path(log_dir)
+        files += [best] if best.exists() and saved_step(best) > checkpoints_after else []
     if not files:
         return None
     started = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(min(path.stat().st_mtime for path in files)))

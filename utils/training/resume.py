@@ -97,6 +97,7 @@ def save_checkpoint(
         step, model = content["step"], model_of(state, identity)
         del content["val_loss"]  # in the model file
         with failure_warned(f"save step {step}", state, args, log):
+            restore_log_dir(args.log_dir, log)
             state.newest_checkpoint = save_pair(args.log_dir, step, model, content)
             state.saved = state.moment()
             log.say(f"checkpoint: {state.newest_checkpoint}")
@@ -113,6 +114,7 @@ def save_best(state: TrainState, identity: Identity, args: Namespace, log: RunLo
     """Writes model_best.pt, the weights of the lowest val loss so far; a full disk does not end the run."""
     if dist.is_master and state.progress.step > 0:  # the initial weights are no result of the run
         with failure_warned("save model_best.pt", state, args, log):
+            restore_log_dir(args.log_dir, log)
             save_model(best_path(args.log_dir), model_of(state, identity))
     dist.barrier()
 
@@ -134,11 +136,8 @@ def model_of(state: TrainState, identity: Identity) -> dict[str, Any]:
 
 @contextmanager
 def failure_warned(action: str, state: TrainState, args: Namespace, log: RunLog) -> Iterator[None]:
-    """Makes sure that the log directory exists; an error of the block is a warning, which `action` names."""
+    """Turns an error of the block into a warning, which `action` names."""
     try:
-        if not args.log_dir.is_dir():
-            log.warn(f"{args.log_dir} was removed or renamed during the run; creating it again")
-            args.log_dir.mkdir(parents=True)
         yield
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
@@ -149,6 +148,13 @@ def failure_warned(action: str, state: TrainState, args: Namespace, log: RunLog)
         space = f"free {format_bytes(free_bytes(args.log_dir))}, need {need}"
         kept = state.newest_checkpoint or "nothing so far"
         log.warn(f"could not {action}: {reason} ({space}); keeping {kept}")
+
+
+def restore_log_dir(log_dir: Path, log: RunLog) -> None:
+    """Creates the log directory again if it is gone. Raises OSError if that is not possible."""
+    if not log_dir.is_dir():
+        log.warn(f"{log_dir} was removed or renamed during the run; creating it again")
+        log_dir.mkdir(parents=True)
 
 
 def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str]) -> Checkpoint | None:
