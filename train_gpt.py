@@ -110,13 +110,13 @@ MICRO_BATCH = flag("--micro-batch", 64, int_or_auto, "B: windows per forward pas
 TOTAL_BATCH_TOKENS = flag("--total-batch-tokens", 2**19, positive_int, "tokens per update, over all ranks")
 MAX_STEPS = flag("--max-steps", 19073, positive_int, "number of updates")  # 10e9 tokens / 2**19
 WARMUP_STEPS = flag("--warmup-steps", 715, non_negative_int, "updates of linear warmup")  # 375M tokens
-OPTIMIZER = flag("--optimizer", "adamw", ("adamw", "muon"), "of the blocks' matrices; AdamW for the rest")
+OPTIMIZER = flag("--optimizer", "adamw", ("adamw", "muon"), "for the blocks' matrices; AdamW for the rest")
 SCHEDULE = flag("--schedule", "cosine", ("cosine", "linear"), "decay of the learning rates")
 DECAY_FRACTION = flag("--decay-fraction", 0.8, positive_float, "last share of updates, where linear decays")
 MAX_LR = flag("--max-lr", 6e-4, positive_float, "peak learning rate")
 MIN_LR = flag("--min-lr", 6e-5, non_negative_float, "final learning rate of cosine")  # a tenth of the peak
 MUON_LR = flag("--muon-lr", 0.02, positive_float, "peak learning rate of Muon")
-WEIGHT_DECAY = flag("--weight-decay", 0.1, non_negative_float, "of AdamW's parameters with two dimensions")
+WEIGHT_DECAY = flag("--weight-decay", 0.1, non_negative_float, "weight decay, applied by AdamW to matrices")
 GRAD_CLIP = flag("--grad-clip", 1.0, positive_float, "maximum norm of the gradient")  # Pascanu et al. 2013
 SKIP_SPIKES = flag("--skip-spikes", 0.0, non_negative_float, "skip norms this many sigmas above mean; 0: off")
 DROPOUT = flag("--dropout", 0.0, fraction, "probability of zeroing an activation or attention weight")
@@ -322,7 +322,7 @@ class Run(NamedTuple):
     data: Data
     train_loader: WindowLoader
     val_loader: WindowLoader
-    val_bytes_per_token: float  # of the targets of an evaluation
+    val_bytes_per_token: float  # of the targets of an evaluation; 0 where nothing logs it
     hellaswag: list[Any]  # tokenized examples; empty where HellaSwag is off
     micro_steps: int  # of an update
     plan: Plan
@@ -348,7 +348,7 @@ def write_samples(run: Run, log: RunLog) -> None:
 
 
 def train(run: Run, log: RunLog) -> None:
-    """MAX_STEPS updates, and one more pass for the final evaluation and checkpoint."""
+    """Updates until `--max-steps` or `--patience` ends them, then one more pass to evaluate and save."""
     args, dist, state, poll = run.args, run.dist, run.state, run.stop.poll
     progress = state.progress
     windows_per_step = args.total_batch_tokens // args.seq_len
@@ -461,7 +461,8 @@ def set_up(
     identity = identity_of(args, model, data, dist, dtype.value, compiled=compiles.value)
     loaders = (train_loader, val_loader)
     num_targets = val_loader.num_val_windows(args.val_tokens) * args.seq_len
-    val_bytes = bytes_per_token(val_loader, num_targets, data.tokenizer)
+    is_logged = dist.is_master and args.val_every
+    val_bytes = bytes_per_token(val_loader, num_targets, data.tokenizer) if is_logged else 0.0
     rest = (val_bytes, hellaswag, micro_steps, plan, identity)
     return Run(args, dist, stop, dtype.value, state, data, *loaders, *rest)
 

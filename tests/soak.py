@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="-m tests.soak", description="Interrupt training runs at random instants.")
     parser.add_argument("--minutes", type=positive_float, default=10, help="time for interrupted runs")
     parser.add_argument("--ranks", type=positive_int, default=1, help="processes of a run")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="of signals, instants and receivers")
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of all random choices")
     parser.add_argument("--jobs", type=positive_int, help="instead, this many jobs without interruptions")
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="soak_"))

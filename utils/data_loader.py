@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from utils.command_line import UserError
+from utils.tokenizer import token_dtype
 
 TRAIN_SHARE = 0.9  # of a text file's tokens; the rest is val
 
@@ -58,11 +59,6 @@ class TextStream(TokenStream):
         return self._fingerprint
 
 
-def narrow(tokens: np.ndarray) -> np.ndarray:
-    """Tokens as uint16, or as uint32 where that does not hold them: a quarter or half of int64's memory."""
-    return tokens.astype(np.uint16 if tokens.max(initial=0) < 1 << 16 else np.uint32)
-
-
 def split_text(
     name: str, tokens: np.ndarray, fingerprint: dict, seq_len: int, border: int | None = None
 ) -> tuple[TextStream, TextStream]:
@@ -70,7 +66,7 @@ def split_text(
 
     Raises UserError if one is below a window.
     """
-    tokens = narrow(tokens)
+    tokens = tokens.astype(token_dtype(int(tokens.max(initial=0)) + 1))  # int64 takes up to four times that
     if border is None:  # cut by tokens, not characters: no token is split between train and val
         border = int(len(tokens) * TRAIN_SHARE)
     if min(border, len(tokens) - border) < seq_len + 1:

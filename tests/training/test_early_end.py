@@ -23,7 +23,7 @@ LOSSES = {0: 3.0, 4: 2.5, 8: 2.5, 12: 2.4, 16: 2.6, 20: 2.7}  # an equal loss is
 
 @pytest.fixture
 def with_losses(monkeypatch) -> Callable[..., None]:
-    """Decides by the val loss of each step in LOSSES, or given by keyword, instead of the measured one."""
+    """Replaces the measured val loss of each step by that of `losses`."""
     note = Progress.note_val_loss
 
     def replace(losses: dict[int, float] = LOSSES) -> None:
@@ -61,6 +61,9 @@ def test_a_run_without_a_new_best_ends_complete(short_text, tmp_path, with_losse
     assert train(short_text, tmp_path, "--patience", "1", "--resume") == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-2].startswith("already complete: step 8 of 20, the model is ") and out[-1] == last
+    (tmp_path / "model_best.pt").unlink()
+    assert train(short_text, tmp_path, "--patience", "1", "--resume") == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" at step 4: no longer in {tmp_path}")
 
 
 def test_the_patience_survives_a_kill_and_can_be_raised(short_text, tmp_path, with_losses, monkeypatch):

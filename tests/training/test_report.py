@@ -398,7 +398,13 @@ def test_the_preset_gpt2_has_published_val_losses():
     "changes",
     [
         *({"max_lr": 1e-3}, {"max_steps": 5000}, {"warmup_steps": 0}, {"total_batch_tokens": 65536}),
-        *({"weight_decay": 0.0}, {"grad_clip": 0.5}, {"min_lr": 0.0}, {"init_from": "gpt2"}),
+        *(
+            {"weight_decay": 0.0},
+            {"grad_clip": 0.5},
+            {"min_lr": 0.0},
+            {"init_from": "gpt2"},
+            {"dropout": 0.1},
+        ),
         *({"n_layer": 24, "n_head": 16, "n_embd": 1024}, {"seq_len": 512}, {"tokenizer": "char"}),
         *({"optimizer": "muon"}, {"schedule": "linear"}),
         vars(train_gpt.read_arguments(["--preset", "tiny"])[0]),

@@ -48,7 +48,7 @@ PUBLISHED_RECIPE = dict(
     n_layer=12, n_head=12, n_embd=768, seq_len=1024, total_batch_tokens=524288, max_steps=19073,
     warmup_steps=715, max_lr=6e-4, min_lr=6e-5, weight_decay=0.1, grad_clip=1.0,
 )  # fmt: skip
-PUBLISHED_KINDS = dict(tokenizer="gpt2", init_from=None, optimizer="adamw", schedule="cosine")
+PUBLISHED_KINDS = dict(tokenizer="gpt2", init_from=None, optimizer="adamw", schedule="cosine", dropout=0.0)
 
 
 share = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)

@@ -122,6 +122,8 @@ def save_best(state: TrainState, identity: Identity, args: Namespace, log: RunLo
 def why_it_ended(progress: Progress, args: Namespace) -> str:
     """What to say of a run that ended before its last update, because of `--patience`."""
     file = best_path(args.log_dir) if progress.best_step else "the weights that it started from"
+    if progress.best_step and not best_path(args.log_dir).exists():
+        file = f"no longer in {args.log_dir}"  # archived, or of a run in another log directory
     return (
         f"ended by --patience {args.patience} at step {progress.step} of {args.max_steps}; "
         f"best val loss {progress.best_loss:.4f} at step {progress.best_step}: {file}"
