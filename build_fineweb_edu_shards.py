@@ -30,7 +30,7 @@ from typing import Any
 
 from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
 from utils.console import printable, warn
-from utils.files import locked, remove_temporary_files, temporary_name
+from utils.files import check_writable, locked, remove_temporary_files
 from utils.shards.documents import (
     TEXT_FIELD,
     DocumentSource,
@@ -221,7 +221,7 @@ def print_plan(args: Namespace, source: DocumentSource, manifest: Manifest, toke
         documents = documents * args.max_shards * args.shard_tokens // tokens
         tokens = args.max_shards * args.shard_tokens
     remaining = max(0, tokens - manifest.num_tokens)
-    rate = TOKENS_PER_SECOND if tokenizer.ranks else LIBRARY_TOKENS_PER_SECOND
+    rate = TOKENS_PER_SECOND if tokenizer.ranks and has_tiktoken() else LIBRARY_TOKENS_PER_SECOND
     minutes = remaining / rate / args.num_workers / 60
     token_bytes, free = token_dtype(tokenizer.vocab_size).itemsize, shutil.disk_usage(args.output_dir).free
     needed = token_bytes * remaining
@@ -259,9 +259,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
                 what = f"{folder} has {shards[0].name}, but no {FILE_NAME} that says how it was built"
                 raise UserError(what, "use another --output-dir, or move the shards away")
             stack.enter_context(locked(folder / ".lock"))
-            probe = temporary_name(folder / "probe")  # fails now rather than after hours
-            probe.touch()
-            probe.unlink()
+            check_writable(folder / "probe")  # fails now rather than after hours
         except BlockingIOError as error:
             raise UserError(f"another build is at work in {folder}", "wait for it, or stop it") from error
         except OSError as error:
@@ -297,7 +295,7 @@ def train(args: Namespace, source: DocumentSource, vocab_size: int) -> dict[str,
     is_small = num_tokens < args.shard_tokens
     val_tokens = int(num_tokens * SMALL_CORPUS_VAL_FRACTION) if is_small else args.shard_tokens
     size = args.val_tokens or val_tokens
-    return train_on_corpus(source, args.text_field, args.bad_rows, vocab_size, size)
+    return train_on_corpus(source, args.text_field, args.bad_rows, vocab_size, num_tokens, size)
 
 
 def settings_of(args: Namespace, source: DocumentSource, tokenizer: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.shards.test_build import build, expected_tokens, make_documents, tokens_of, write_jsonl
+from utils.shards import encoder
 from utils.shards.encoder import encode_in_batches, encode_one_by_one
 from utils.shards.workers import Backend
 from utils.tokenizer_json import JsonTokenizer, train_bpe
@@ -84,3 +85,15 @@ def test_a_bpe_of_ones_own_gets_the_ids_of_the_tokenizers_library():
     for backend in (encode_in_batches, encode_one_by_one):
         tokens = backend(texts, tokenizer)
         assert tokens.dtype == np.uint16 and tokens.tolist() == expected
+
+
+def test_without_tiktoken_the_method_is_not_said_to_be_compared_with_it(monkeypatch):
+    """A BPE of one's own is then encoded by the tokenizers library."""
+    pytest.importorskip("tokenizers")
+    tokenizer = JsonTokenizer(train_bpe(["some words " * 20], 260))
+    assert encoder.choose_method(["some words"], tokenizer)[1].startswith(
+        "in batches: compared with tiktoken"
+    )
+    monkeypatch.setattr(encoder, "has_tiktoken", lambda: False)
+    method, line = encoder.choose_method(["some words"], tokenizer)
+    assert method is encode_one_by_one and line.startswith("document by document, by tokenizer.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from build_fineweb_edu_shards import main
 from tests.shards.test_build import build, checksums, make_documents, write_jsonl
 from utils.command_line import UserError
+from utils.shards import verify
 from utils.shards.hub import SAFE_NAME
 from utils.shards.manifest import Manifest
 
@@ -109,8 +111,13 @@ def test_names_of_files_on_the_hub_stay_in_its_folder():
         assert not SAFE_NAME.fullmatch(name)
 
 
-def test_verify_finds_changed_and_missing_input(built, capsys):
-    """One byte in the middle, which the fingerprint of both ends does not see; then a missing file."""
+def unreadable(path: Path) -> str:
+    """Reading a file without permission, which root has for every file."""
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+
+def test_verify_finds_changed_and_missing_input(built, capsys, monkeypatch):
+    """One byte in the middle, which the fingerprint of both ends does not see; unreadable; then missing."""
     source = built.parent / "a.jsonl"
     arguments = ["--verify", "--inputs", "--output-dir", str(built)]
     assert main(arguments) == 0
@@ -120,6 +127,10 @@ def test_verify_finds_changed_and_missing_input(built, capsys):
     with pytest.raises(UserError, match=f"1 of 1 input files differ: {source}"):
         main(arguments)
     assert main([argument for argument in arguments if argument != "--inputs"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "sha256_of", unreadable)
+        with pytest.raises(UserError, match=f"cannot read {source}: .*Permission denied"):
+            main(arguments)
     source.unlink()
     with pytest.raises(UserError, match="1 of 1 input files differ"):
         main(arguments)

@@ -176,7 +176,10 @@ def test_a_tokenizer_json_of_unknown_origin_is_not_overwritten(corpus, tmp_path)
             build(folder, corpus, tokenizer=name)
         assert f"--tokenizer {folder / 'tokenizer.json'}" in caught.value.hint
     assert (folder / "tokenizer.json").read_text(encoding="utf-8") == text
+    config = '{"eos_token": "<|endoftext|>", "chat_template": "kept"}'
+    (folder / "tokenizer_config.json").write_text(config, encoding="utf-8")
     assert build(folder, corpus, tokenizer=folder / "tokenizer.json") == 0
+    assert (folder / "tokenizer_config.json").read_text(encoding="utf-8") == config
     assert np.array_equal(tokens_of(folder), tokens_of(tmp_path / "first"))
 
 

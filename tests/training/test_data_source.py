@@ -273,9 +273,10 @@ def test_a_character_model_gets_the_texts_of_a_folder_joined_by_blank_lines(tmp_
     assert "joined by blank lines" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["tokens.npy", "0.ds", "train.bin", "val.bin", "manifest.json"])
+@pytest.mark.parametrize("name", ["tokens.npy", "0.ds", "train.bin", "val.bin"])
 def test_a_folder_with_token_files_is_not_read_as_texts(corpus, name):
     """Not even if they are incomplete: nanoGPT's folders hold the text as well, and a README is no corpus."""
+    (corpus / "manifest.json").touch()  # of another program, or of a build that has no shard yet
     assert choose_source(str(corpus)).kind == "texts"
     (corpus / name).touch()
     assert choose_source(str(corpus)).kind == "shards"

@@ -95,6 +95,20 @@ def test_an_empty_file_a_folder_and_a_missing_file_are_told_apart(tmp_path):
     assert caught.value.hint == f"name a checkpoint in it: {path}"
 
 
+def test_a_printed_command_overwrites_no_checkpoint(tmp_path):
+    """The name that it would write to is taken: the command writes to another one."""
+    (tmp_path / "model.pt").write_bytes(b"precious")
+    (tmp_path / "model.pt.gz").write_bytes(gzip.compress(b"x" * 100))
+    torch.save(content(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "old_zip.pt").write_bytes(b"precious")
+    for name in ("model.pt.gz", "old.pt"):
+        with pytest.raises(UserError) as caught:
+            GPT.load(tmp_path / name)
+        follow(caught.value.hint, tmp_path)
+    assert (tmp_path / "model.pt").read_bytes() == (tmp_path / "old_zip.pt").read_bytes() == b"precious"
+    assert len(list(tmp_path.iterdir())) == 6
+
+
 @pytest.mark.parametrize("name", NASTY_NAMES)
 def test_a_file_of_an_old_torch_is_converted_by_the_hint(name, tmp_path):
     """Before PyTorch 1.6 torch.save wrote no zip archive; the command reads plain values only."""

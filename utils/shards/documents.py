@@ -50,12 +50,12 @@ PART_BYTES = 4 << 20  # text per part: large enough to hide the cost of sending 
 ROW_GROUP_BYTES = 32 << 20  # a larger row group is read by the parent process, a few rows at a time
 SEARCH_BYTES = 1 << 16  # read at a time in search of a place to cut
 
-PACKED = {".gz": "gzip", ".zst": "zstd"}  # and what the first bytes show
+PACKERS = {".gz": "gzip", ".zst": "zstd"}  # and what the first bytes show
 
 
 def _with_packed(kinds: dict[str, str]) -> dict[str, str]:
     """The kinds, and their packed forms: ".txt" is "text", ".txt.gz" is "text.gz"."""
-    return {suffix + end: kind + end for suffix, kind in kinds.items() for end in ("", *PACKED)}
+    return {suffix + end: kind + end for suffix, kind in kinds.items() for end in ("", *PACKERS)}
 
 
 KINDS = {".parquet": "parquet", **_with_packed({".jsonl": "jsonl", ".txt": "text"})}
@@ -102,7 +102,7 @@ class Part(NamedTuple):
 class DocumentSource(Protocol):
     """The files of a corpus, in order: `LocalFiles`, or `HubFiles` of utils/shards/hub.py."""
 
-    kinds: list[str]  # the kind of each file, a value of KINDS
+    kinds: list[str]  # the kind of each file, a value of KINDS or KINDS_IF_NAMED
 
     def __len__(self) -> int:
         """Number of files."""
@@ -121,7 +121,7 @@ class DocumentSource(Protocol):
 
 
 def kind_of(path: Path) -> str | None:
-    """The kind of a file, a value of KINDS, by its name; None if it has no such name."""
+    """The kind of a file by its name, a value of KINDS or KINDS_IF_NAMED; None if it has no such name."""
     kinds = KINDS | KINDS_IF_NAMED
     return next((kinds[suffix] for suffix in kinds if path.name.lower().endswith(suffix)), None)
 
@@ -135,7 +135,7 @@ def check_kind(path: Path, kind: str) -> None:
     """Raises UserError, with what the file is instead, if its first bytes are not those of its kind."""
     with read_errors(path):
         head = first_bytes(path)
-    expected = "parquet" if kind == "parquet" else PACKED.get(Path(kind).suffix)
+    expected = "parquet" if kind == "parquet" else PACKERS.get(Path(kind).suffix)
     if kind_of_bytes(head) != expected:
         raise wrong_kind(path, head, expected or "UTF-8 text")
 
@@ -173,7 +173,7 @@ def _spans(path: Path, kind: str, start: int) -> tuple[str, Iterator[Span]]:
         head = file.read(1024)
     if packed and (found := kind_of_bytes(head)):
         expected = {"text": "UTF-8 text", "json": "JSON", "jsonl": "JSON lines"}
-        what = f"{path} holds {found} inside {PACKED[packed]} (expected {expected[content]})"
+        what = f"{path} holds {found} inside {PACKERS[packed]} (expected {expected[content]})"
         raise UserError(what, "unpack it, and give the files that are in it")
     if content == "json":
         if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):

@@ -70,7 +70,7 @@ def encode_in_batches(documents: Sequence[str], tokenizer: Tokenizer | None = No
 
 def choose_method(sample: list[str], tokenizer: Tokenizer) -> tuple[Backend, str]:
     """The fast method if it gives the tokenizer's own tokens for a sample, and a line about it."""
-    if tokenizer.ranks is None:
+    if tokenizer.ranks is None or not has_tiktoken():
         return encode_one_by_one, f"document by document, by {FILE_NAME} and the tokenizers library"
     method, name = encode_in_batches, "in batches"
     if not np.array_equal(encode_in_batches(sample, tokenizer), encode_one_by_one(sample, tokenizer)):

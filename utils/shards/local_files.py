@@ -29,7 +29,9 @@ class LocalFiles:
         self.kinds = [kind_of(path) for path in paths]
         if None in self.kinds:
             path = paths[self.kinds.index(None)]
-            if kind_of_bytes(head := first_bytes(path)) is not None:
+            with read_errors(path):
+                head = first_bytes(path)
+            if kind_of_bytes(head) is not None:
                 raise wrong_kind(path, head, ", ".join(KINDS))
             what = f"{path} is not a corpus file (expected {', '.join(KINDS)})"
             raise UserError(what, "rename it if its content is of that kind, else convert or omit it")

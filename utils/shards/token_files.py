@@ -29,7 +29,7 @@ from utils.text_files import quoted
 
 SPLITS = ("train", "val")
 DATATROVE_FILES = "[!.]*.ds"
-PATTERNS = ("[!.]*.npy", DATATROVE_FILES, *(f"{split}.bin" for split in SPLITS), FILE_NAME)
+PATTERNS = ("[!.]*.npy", DATATROVE_FILES, *(f"{split}.bin" for split in SPLITS))
 METADATA_BYTES = 1 << 12  # more than any metadata
 DATATROVE_HINT = (
     "copy the three files of that name again, or have datatrove's DocumentTokenizer write them again"

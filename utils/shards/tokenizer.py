@@ -73,20 +73,25 @@ def choose_tokenizer(
 
 
 def store_tokenizer(folder: Path, state: dict[str, Any]) -> None:
-    """Writes a tokenizer beside the shards. Raises Unfinished if the disk is full or similar."""
-    if state["name"] != "gpt2":
+    """Writes a tokenizer beside the shards, unless the folder has it: what its user added to it stays.
+
+    Raises Unfinished if the disk is full or similar.
+    """
+    is_there = (folder / TOKENIZER_FILE).exists() and read_tokenizer(folder) == state
+    if state["name"] != "gpt2" and not is_there:
         with write_errors(folder / TOKENIZER_FILE, len(state["json"])):
             write_tokenizer(folder, state)
 
 
 def train_on_corpus(
-    source: DocumentSource, text_field: str, bad_rows: str, vocab_size: int, val_tokens: int
+    source: DocumentSource, text_field: str, bad_rows: str, vocab_size: int, num_tokens: int, val_tokens: int
 ) -> dict[str, Any]:
     """State of a BPE trained on TRAINING_CHARACTERS of a corpus, after those that become val.
 
-    `val_tokens` is the expected size of val. Raises UserError for damaged files, or without a text.
+    `num_tokens` and `val_tokens` are the expected sizes of the corpus and of val. Raises UserError for
+    damaged files, or without a text.
     """
-    half = int(source.estimate(text_field)[0] * bytes_per_token("text") / 2)
+    half = int(num_tokens * bytes_per_token("text") / 2)
     skip = min(val_tokens * CHARACTERS_PER_TOKEN, half)
     print(f"training a BPE of {vocab_size:,} tokens on up to {TRAINING_CHARACTERS:,} characters", flush=True)
     counts = {"skipped": 0, "used": 0}

@@ -8,6 +8,7 @@ from utils.files import sha256_of
 from utils.shards.documents import DocumentSource
 from utils.shards.manifest import FILE_NAME, Manifest
 from utils.shards.tokenizer import tokenizer_of
+from utils.text_files import read_errors
 from utils.tokenizer import tokenizer_from_state
 
 
@@ -34,8 +35,10 @@ def verify_inputs(manifest: Manifest) -> None:
     for record in manifest.inputs:
         path = Path(record["path"])
         problem = None if path.is_file() else "missing"
-        if not problem and sha256_of(path) != record["sha256"]:
-            problem = f"SHA-256 is not {record['sha256']}: the content has changed"
+        if not problem:
+            with read_errors(path):
+                is_same = sha256_of(path) == record["sha256"]
+            problem = None if is_same else f"SHA-256 is not {record['sha256']}: the content has changed"
         print(printable(f"{path}: {problem or 'ok'}"), flush=True)
         differ += [str(path)] if problem else []
     if differ:

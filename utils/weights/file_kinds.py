@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from utils.command_line import UserError
-from utils.text_files import first_bytes, kind_of_bytes, quoted
+from utils.text_files import describe_bytes, first_bytes, free_name, kind_of_bytes, quoted
 
 LEGACY = "a file of torch.save before PyTorch 1.6"
 UNPACK = {"gzip": "gzip -dc", "bzip2": "bzip2 -dc", "xz": "xz -dc", "zstd": "zstd -dc"}
@@ -19,15 +19,15 @@ def is_zip(path: Path) -> bool:
 def refuse(path: Path) -> UserError:
     """The error for a file that is no zip archive, and therefore no checkpoint. Raises OSError."""
     data = first_bytes(path)
-    start, kind = data.lstrip()[:200].lower(), kind_of_bytes(data)
-    if not data:
+    kind = describe_bytes(data)
+    if kind == "empty":
         return UserError(
             f"checkpoint {path} is damaged: the file is empty", "copy it again or use another one"
         )
-    if start.startswith(b"version https://git-lfs"):
+    if kind == "a Git LFS pointer":
         hint = f"fetch the file it stands for: git -C {quoted(path.parent)} lfs pull"
         return UserError(f"{path} is a git-lfs pointer, not a checkpoint", hint)
-    if start.startswith((b"<!doctype html", b"<html")):
+    if kind == "HTML":
         what = f"{path} is an HTML page, not a checkpoint: a download that failed, perhaps"
         return UserError(what, "download it again")
     if kind == "safetensors":
@@ -38,10 +38,12 @@ def refuse(path: Path) -> UserError:
     if kind in UNPACK:
         is_named_so = path.suffix in (".gz", ".bz2", ".xz", ".zst")
         unpacked = path.with_suffix("") if is_named_so else path.with_name(f"{path.stem}_unpacked.pt")
+        unpacked = free_name(unpacked)
         hint = f"unpack it: {UNPACK[kind]} {quoted(path)} > {quoted(unpacked)}"
         return UserError(f"{path} is compressed ({kind}), not a checkpoint", hint)
-    what = kind or ("a text" if _is_text(data) else "of no known kind, or its beginning is damaged")
-    return UserError(f"{path} is {what}, not a checkpoint", WHAT_TO_GIVE)
+    if kind == "text":
+        kind = "a text" if _is_text(data) else "of no known kind, or its beginning is damaged"
+    return UserError(f"{path} is {kind}, not a checkpoint", WHAT_TO_GIVE)
 
 
 def _is_text(data: bytes) -> bool:
@@ -50,7 +52,7 @@ def _is_text(data: bytes) -> bool:
 
 
 def _resave_command(path: Path) -> str:
-    new = path.with_name(f"{path.stem}_zip.pt")
+    new = free_name(path.with_name(f"{path.stem}_zip.pt"))
     return python_command(
         f'import torch; c = torch.load({literal(path)}, map_location="cpu", weights_only=True); '
         f"torch.save(c, {literal(new)})"

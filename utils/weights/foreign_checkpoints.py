@@ -15,6 +15,7 @@ import torch
 from utils.command_line import UserError
 from utils.console import warn
 from utils.distributed import environment_rank
+from utils.text_files import free_name
 from utils.tokenizer import GPT2_VOCAB_SIZE
 from utils.weights.file_kinds import literal, python_command
 from utils.weights.pretrained import CAUSAL_MASKS
@@ -101,7 +102,7 @@ def conversion_command(path: Path) -> str:
 
     It runs no code from the file: an empty class replaces GPTConfig, and the loader remains the safe one.
     """
-    plain = path.with_name(f"{path.stem}_plain.pt")
+    plain = free_name(path.with_name(f"{path.stem}_plain.pt"))
     return python_command(
         'import torch; GPTConfig = type("GPTConfig", (), {}); '
         "torch.serialization.add_safe_globals([GPTConfig]); "

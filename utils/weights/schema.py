@@ -215,7 +215,9 @@ CONFIG = {
     )
     for name, largest in LARGEST_SIZES.items()
 }
-CONFIG["dropout"] = optional(Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value < 1))
+CONFIG["dropout"] = optional(
+    Rule("a number of at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
+)
 HEAD = {
     "format": Rule(repr(FORMAT), lambda value: value == FORMAT),
     "version": Rule(str(VERSION), lambda value: is_int(value, VERSION, VERSION)),
