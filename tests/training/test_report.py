@@ -152,6 +152,28 @@ def test_runs_are_compared_by_steps_tokens_time_and_hellaswag(tmp_path, drawn, c
     assert labels == ["a (last 3.1182)", "...y_with_a_very_long_name/log (last 3.1182)"]
 
 
+def test_runs_with_other_tokens_are_compared_in_bits_per_byte(tmp_path, drawn):
+    """Nats per token mean nothing then; with equal tokens, or where a log does not say, they are drawn."""
+    for name, bytes_per_token in (("a", 3.0), ("b", 3.0), ("c", 1.5), ("d", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.txt").write_text("0 val 9.0001\n5 val 3.0001\n")
+        records = [dict(kind="val", step=step, loss=loss) for step, loss in ((0, 9.00006), (5, 3.00006))]
+        for record in records:
+            if bytes_per_token:
+                record["bits_per_byte"] = record["loss"] / bytes_per_token
+        lines = [json.dumps(record) + "\n" for record in records]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(lines))
+    for others, unit, last in (
+        ("b", "nats per token", 3.0),
+        ("c", "bits per byte", 2.0),
+        ("cd", "nats", 3.0),
+    ):
+        plot_comparison([tmp_path / name for name in ("a", *others)], tmp_path / "x.png")
+        panel = drawn[-1].axes[0]
+        assert unit in panel.get_ylabel()
+        assert panel.lines[1].get_ydata()[-1] == pytest.approx(last, abs=1e-3)
+
+
 def test_a_comparison_needs_the_logs_only(tmp_path, drawn):
     """Three panels without HellaSwag, and a log.txt alone still gives the curve against steps."""
     log_dir = fake_run(tmp_path / "a", hellaswag=False)

@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 TOKEN_UNITS = ((10**9, "billion training tokens"), (10**6, "million training tokens"), (1, "training tokens"))
 TIME_UNITS = ((3600, "hours of updates"), (60, "minutes of updates"), (1, "seconds of updates"))
+MEASURES = {"loss": "val loss (nats per token)", "bits_per_byte": "val loss (bits per byte)"}
 LONGEST_LABEL = 30  # characters of a run's name in a legend
 SKIPPED_SHARE = 0.06  # of a run's validations, at its start: the loss axis is scaled to the rest
 
 
 def plot_comparison(log_dirs: Sequence[Path], path: Path) -> Path:
     """Draws the val losses of several runs against steps, tokens and time, and their HellaSwag accuracies.
+
+    In bits per byte where tokens differ, otherwise in nats per token.
 
     Args:
         log_dirs: one per run, as train_gpt.py writes them.
@@ -38,9 +41,10 @@ def plot_comparison(log_dirs: Sequence[Path], path: Path) -> Path:
     figure.set_size_inches((12, 8) if has_hellaswag else (15, 4.6))
     axes = figure.subplots(*((2, 2) if has_hellaswag else (1, 3))).flatten()
     vals = {log_dir: _val_records(log_dir, curves) for log_dir, curves in logs.items()}
-    _draw_vals(axes[0], vals, "step", 1, "step")
-    _draw_vals(axes[1], vals, "tokens", *_unit(vals, "tokens", TOKEN_UNITS))
-    _draw_vals(axes[2], vals, "seconds", *_unit(vals, "seconds", TIME_UNITS))
+    measure = "bits_per_byte" if _tokens_differ(vals) else "loss"
+    _draw_vals(axes[0], vals, measure, "step", 1, "step")
+    _draw_vals(axes[1], vals, measure, "tokens", *_unit(vals, "tokens", TOKEN_UNITS))
+    _draw_vals(axes[2], vals, measure, "seconds", *_unit(vals, "seconds", TIME_UNITS))
     if has_hellaswag:
         _draw_hellaswag(axes[3], logs)
     for axis in axes:
@@ -64,27 +68,38 @@ def _val_records(log_dir: Path, curves: dict[str, tuple]) -> list[dict[str, Any]
     ]
 
 
+def _tokens_differ(vals: dict[Path, list[dict]]) -> bool:
+    """Whether the tokens of the runs stand for different numbers of bytes; False if some run does not say."""
+    records = [record for of_run in vals.values() for record in of_run]
+    if not records or not all(record.get("bits_per_byte") for record in records):
+        return False
+    ratios = [record["loss"] / record["bits_per_byte"] for record in records]
+    return max(ratios) > 1.001 * min(ratios)  # losses in log.txt are rounded
+
+
 def _unit(vals: dict[Path, list[dict]], key: str, units: Sequence[tuple[int, str]]) -> tuple[int, str]:
     """The largest unit of which the longest run has at least two, and its name."""
     longest = max((r.get(key, 0) for records in vals.values() for r in records), default=0)
     return next((unit for unit in units if longest >= 2 * unit[0]), units[-1])
 
 
-def _draw_vals(axis: "Axes", vals: dict[Path, list[dict]], key: str, unit: float, label: str) -> None:
-    """Draws one line per run: val loss against `key` / `unit`.
+def _draw_vals(
+    axis: "Axes", vals: dict[Path, list[dict]], measure: str, key: str, unit: float, label: str
+) -> None:
+    """Draws one line per run: val loss, a key of MEASURES, against `key` / `unit`.
 
     The loss axis ends above the values after the first steep part, where runs differ by less than a line's
     width.
     """
     later: list[float] = []
     for number, (log_dir, records) in enumerate(vals.items()):
-        points = [(r[key] / unit, r["loss"]) for r in records if key in r]
+        points = [(r[key] / unit, r[measure]) for r in records if key in r]
         if points:
             name = f"{_short(log_dir)} (last {points[-1][1]:.4f})"
             axis.plot(*zip(*points), color=f"C{number}", marker="o", markersize=3, label=name)
             later += [loss for _, loss in points[math.ceil(SKIPPED_SHARE * len(points)) :]]
     axis.set_xlabel(label)
-    axis.set_ylabel("val loss (nats per token)")
+    axis.set_ylabel(MEASURES[measure])
     if axis.lines:
         axis.legend()
     if later:
