@@ -34,13 +34,11 @@ from utils import runtime
 from utils.command_line import (
     Unfinished,
     UserError,
-    bits_per_byte,
     format_duration,
     fraction,
     non_negative_float,
     non_negative_int,
     path_text,
-    perplexity,
     positive_float,
     positive_int,
     run_script,
@@ -48,8 +46,9 @@ from utils.command_line import (
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
 from utils.tokenizer_json import tokenizer_name
-from utils.training.data_source import Data, bytes_per_token, part_of
+from utils.training.data_source import Data, bytes_per_token
 from utils.training.dry_run import Plan, dry_run
+from utils.training.eval_only import report_loss
 from utils.training.flags import (
     Flags,
     accumulation_steps,
@@ -63,16 +62,17 @@ from utils.training.guards import SpikeFilter, stop_on_divergence, stop_on_non_f
 from utils.training.log_directory import reserved
 from utils.training.micro_batch import (
     choose_micro_batch,
+    decide_compile,
     explain_out_of_memory,
     forward_backward,
     seed_dropout,
-    time_micro_batch,
     warm_up,
 )
 from utils.training.model_source import ModelFactory, load_model_and_data
 from utils.training.optimizers import make_optimizers
 from utils.training.resume import (
     Identity,
+    close_complete_run,
     find_checkpoint,
     identity_of,
     save_best,
@@ -426,16 +426,7 @@ def set_up(
         default = PRESETS[args.preset].get("micro_batch", MICRO_BATCH)
         args.micro_batch, reasons["micro-batch"] = choose_micro_batch(args, model, dist, dtype.value, default)
     micro_steps = accumulation_steps(args.total_batch_tokens, args.micro_batch, args.seq_len, dist.world_size)
-
-    def eager_seconds() -> float:
-        seconds = time_micro_batch(model, args.micro_batch, args.seq_len, dtype.value, dist.device)
-        return args.max_steps * micro_steps * seconds
-
-    compiles = runtime.choose_compile(
-        args.compile, dist.device, deterministic=args.deterministic, eager_seconds=eager_seconds
-    )
-    if dist.max_number(not compiles.value) and compiles.value:
-        compiles = runtime.Decision(False, "auto: on some rank it does not pay or is not possible")
+    compiles = decide_compile(args, model, args.max_steps * micro_steps, dtype.value, dist)
     # The compiled and wrapped module shares its weights with `model`, which evaluations and checkpoints use:
     # its parameter names carry no prefix.
     trained_model = torch.compile(model) if compiles.value else model
@@ -515,38 +506,6 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
     return 0
 
 
-def report_val_loss(args: Namespace, dist: Distributed) -> int:
-    """`--eval-only`: prints val loss and perplexity of a model. Returns the exit code.
-
-    With `--eval-part`, every token of that part but the first is scored once, else whole windows of val.
-    """
-    dtype = runtime.choose_dtype(args.dtype, dist.device).value
-    args.micro_batch = 8 if args.micro_batch == "auto" else args.micro_batch  # no gradients: little to gain
-    model, data = load_model_and_data(MODELS, args, dist)
-    runtime.choose_matmul(model)
-    stream = part_of(data, args.eval_part or "val")
-    if stream.num_tokens < 2:
-        raise UserError(f"{stream.name} has {stream.num_tokens} token(s)", "evaluate at least two tokens")
-    loader = WindowLoader(stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
-    if args.eval_part:
-        if args.stride and args.stride > args.seq_len:
-            what = f"--stride {args.stride} is more than the {args.seq_len} tokens of a window"
-            raise UserError(what, "give at most the window's length: --seq-len, or the model's block size")
-        batches, num_targets = loader.sliding_batches(args.stride or args.seq_len), stream.num_tokens - 1
-    else:
-        batches = loader.val_batches(args.val_tokens)
-        num_targets = loader.num_val_windows(args.val_tokens) * args.seq_len
-    loss = evaluate(model, batches, dist, dtype)
-    if not math.isfinite(loss):
-        raise UserError(f"{args.init_from}: val loss {loss}", "use --dtype float32, or other weights")
-    if dist.is_master:
-        bits = bits_per_byte(loss, bytes_per_token(loader, num_targets, data.tokenizer))
-        result = f"{args.eval_part or 'val'} loss {loss:.4f} | perplexity {perplexity(loss)}"
-        result += f" | {bits:.4f} bits per byte" if bits is not None else ""
-        print(f"{args.init_from}: {result} | {num_targets:,} tokens of {stream.name}")
-    return 0
-
-
 def main(argv: list[str] | None = None) -> int:
     args, preset_reason = read_arguments(argv)
     device = runtime.choose_device(args.device, environment_local_rank())
@@ -557,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_master:
             warn_of_unused(args)
         if args.eval_only:
-            return report_val_loss(args, dist)
+            return report_loss(args, dist, MODELS, evaluate)
         check_training_settings(args, dist.world_size)
         reasons = {"preset": f"{args.preset} ({preset_reason}), recipe {args.recipe}"}
         reasons["device"] = f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}"
@@ -572,16 +531,8 @@ def main(argv: list[str] | None = None) -> int:
             lines = start_or_resume(run.state, run.identity, checkpoint, args, dist)
             del checkpoint  # a second copy of weights and moments
             if run.state.progress.is_complete(args, with_hellaswag=bool(run.hellaswag)):
-                if dist.is_master:
-                    step, model = run.state.progress.step, run.state.newest_checkpoint
-                    print(f"already complete: step {step} of {args.max_steps}, the model is {model}")
-                    if step < args.max_steps:
-                        print(why_it_ended(run.state.progress, args))
-                if run.state.resumed_from is not None:  # a kill after the last save may have lost these two
-                    stop.defer()  # a signal must not end it within a file
-                    with RunLog(args.log_dir, is_master=dist.is_master) as log:
-                        log.draw_curves()
-                        log.write_report()
+                stop.defer()  # a signal must not end it within a file
+                close_complete_run(run.state, args, dist)
                 return 0
             return run_to_the_end(run, lines)
 

@@ -236,7 +236,10 @@ def test_the_faithful_recipe_has_its_best_rate_and_the_fast_one_its_shortest_suf
     """The rate is chosen on the first seed; a seed that no run serves leaves the spread open."""
     losses = {"0.0006": 3.5, "0.001": 3.4, "0.002": 3.6}
 
+    runs: list[tuple[str, int, int]] = []
+
     def run(flags: list[str], steps: int, seed: int, folder: Path) -> dict[str, Any]:
+        runs.append((flags[-1], steps, seed))
         loss = 3.5 - steps / 1000 - 0.05 * seed if "fast" in flags else losses[flags[-1]]
         return {"steps": steps, "tokens": 10 * steps, "val_loss": loss, "seconds": 1.0, "curve": []}
 
@@ -247,6 +250,7 @@ def test_the_faithful_recipe_has_its_best_rate_and_the_fast_one_its_shortest_suf
     args.toy = False
     figures = benchmark_recipe.measure(args)
     assert figures["flags"]["faithful"].endswith("--recipe faithful --max-lr 0.001")
+    assert runs.count(("0.001", 400, 1)) == 1  # a trial of the first seed is not repeated
     assert figures["seeds"]["1"]["share_of_tokens"] == 120 / 400  # 3.33 after 120 steps
     assert figures["share_of_tokens"]["highest"] == 0.3
     args.seeds = [0, -1]

@@ -17,6 +17,7 @@ import train_gpt
 from gpt_model import GPT
 from tests.conftest import ROOT, run, tiny_model
 from tests.small_runs import TEXT, assert_same_losses, small_args
+from utils import __version__
 from utils.command_line import UserError
 from utils.data_loader import TextStream, WindowLoader
 from utils.distributed import Distributed
@@ -63,6 +64,7 @@ def test_a_run_records_its_environment_first_and_then_its_steps(finished_run):
     assert records[0]["kind"] == "run"
     assert records[0]["settings"]["max_steps"] == 30
     assert records[0]["environment"]["torch"] == torch.__version__
+    assert records[0]["environment"]["mini-gpt"] == __version__
     steps = [r for r in records if r["kind"] == "train"]
     assert [r["step"] for r in steps] == list(range(30))
     assert all(r["seconds"] > 0 and r["norm"] > 0 and r["memory"] > 0 and r["mfu"] is None for r in steps)

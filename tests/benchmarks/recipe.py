@@ -105,12 +105,17 @@ def measure(args: Namespace) -> Figures:
             recipe: optimizer_milliseconds([*flags, "--recipe", recipe], device) for recipe in COLORS
         }
         faithful = [*flags, "--recipe", "faithful"]
-        rate = best_rate(part, faithful, args.seeds[0], Path(name))
-        faithful += [] if rate is None else ["--max-lr", str(rate)]
+        trials = try_rates(part, faithful, args.seeds[0], Path(name))
+        targets = {}
+        if trials:
+            rate = min(trials, key=lambda rate: trials[rate]["val_loss"])
+            faithful += ["--max-lr", str(rate)]
+            targets[args.seeds[0]] = trials[rate]
         fast = [*flags, "--recipe", "fast", *part.fast.split()]
         figures["flags"] = {"faithful": " ".join(faithful), "fast": " ".join(fast)}
         figures["seeds"] = {
-            str(seed): measure_seed(part, faithful, fast, seed, Path(name)) for seed in args.seeds
+            str(seed): measure_seed(part, targets.get(seed), faithful, fast, seed, Path(name))
+            for seed in args.seeds
         }
     figures["share_of_tokens"] = spread([row["share_of_tokens"] for row in figures["seeds"].values()])
     print_summary(figures)
@@ -165,18 +170,23 @@ def run(flags: list[str], steps: int, seed: int, folder: Path) -> Figures:
     return dict(steps=steps, tokens=tokens, val_loss=loss, seconds=seconds, curve=[c[:2] for c in curve])
 
 
-def best_rate(part: Part, flags: list[str], seed: int, folder: Path) -> float | None:
-    """The rate with which the faithful recipe has the lowest loss; None if there is no choice."""
-    losses = {}
+def try_rates(part: Part, flags: list[str], seed: int, folder: Path) -> dict[float, Figures]:
+    """A run of the faithful recipe with each of the part's rates; empty if there is no choice."""
+    trials = {}
     for rate in part.faithful_rates:
         print(f"faithful with --max-lr {rate:g}:")
-        losses[rate] = run([*flags, "--max-lr", str(rate)], part.faithful_steps, seed, folder)["val_loss"]
-    return min(losses, key=losses.__getitem__, default=None)
+        trials[rate] = run([*flags, "--max-lr", str(rate)], part.faithful_steps, seed, folder)
+    return trials
 
 
-def measure_seed(part: Part, faithful: list[str], fast: list[str], seed: int, folder: Path) -> Figures:
-    """All runs of a seed, and the share of the faithful run's tokens that a fast run needs for its loss."""
-    target = run(faithful, part.faithful_steps, seed, folder)
+def measure_seed(
+    part: Part, target: Figures | None, faithful: list[str], fast: list[str], seed: int, folder: Path
+) -> Figures:
+    """All runs of a seed, and the share of the faithful run's tokens that a fast run needs for its loss.
+
+    `target` is that faithful run where it has been made.
+    """
+    target = target or run(faithful, part.faithful_steps, seed, folder)
     runs = [run(fast, steps, seed, folder) for steps in part.fast_steps]
     enough = [row for row in runs if row["val_loss"] <= target["val_loss"]]
     first = min(enough, key=lambda row: row["tokens"], default=None)

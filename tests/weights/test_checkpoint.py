@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, tiny_model
+from utils import __version__
 from utils.command_line import UserError
 from utils.weights.checkpoint import (
     checkpoints_to_keep,
@@ -114,6 +115,7 @@ def test_a_checkpoint_comes_back_with_its_fields(tmp_path):
     for checkpoint in (load_pair(path), newest_complete(tmp_path)):
         assert checkpoint.path == path
         assert checkpoint.model["step"] == 7 and checkpoint.state["windows"] == 448
+        assert checkpoint.model["versions"]["mini-gpt"] == __version__
 
 
 def test_both_files_are_flushed_before_the_first_appears(tmp_path, monkeypatch):

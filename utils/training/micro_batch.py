@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from utils.command_line import UserError, is_out_of_memory
 from utils.distributed import Distributed
-from utils.runtime import Decision, autocast
+from utils.runtime import Decision, autocast, choose_compile
 
 if TYPE_CHECKING:
     from gpt_model import GPT
@@ -77,6 +77,22 @@ def time_micro_batch(model: "GPT", B: int, T: int, dtype: torch.dtype, device: t
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return seconds
+
+
+def decide_compile(
+    args: Namespace, model: "GPT", micro_steps: int, dtype: torch.dtype, dist: Distributed
+) -> Decision:
+    """Whether all ranks compile the model, whose run has `micro_steps` in all; see `choose_compile`."""
+
+    def eager_seconds() -> float:
+        return micro_steps * time_micro_batch(model, args.micro_batch, args.seq_len, dtype, dist.device)
+
+    compiles = choose_compile(
+        args.compile, dist.device, deterministic=args.deterministic, eager_seconds=eager_seconds
+    )
+    if dist.max_number(not compiles.value) and compiles.value:
+        return Decision(False, "auto: on some rank it does not pay or is not possible")
+    return compiles
 
 
 def choose_micro_batch(

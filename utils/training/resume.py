@@ -130,6 +130,19 @@ def why_it_ended(progress: Progress, args: Namespace) -> str:
     )
 
 
+def close_complete_run(state: TrainState, args: Namespace, dist: Distributed) -> None:
+    """Says that nothing is left to train; draws and reports again what a kill after the last save lost."""
+    if dist.is_master:
+        step, model = state.progress.step, state.newest_checkpoint
+        print(f"already complete: step {step} of {args.max_steps}, the model is {model}")
+        if step < args.max_steps:
+            print(why_it_ended(state.progress, args))
+    if state.resumed_from is not None:
+        with RunLog(args.log_dir, is_master=dist.is_master) as log:
+            log.draw_curves()
+            log.write_report()
+
+
 def model_of(state: TrainState, identity: Identity) -> dict[str, Any]:
     """The content of a model file."""
     progress = state.progress

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from utils import __version__
 from utils.command_line import UserError, shown
 from utils.console import warn
 from utils.files import destination, sync_folder, whole_file
@@ -129,7 +130,8 @@ def prune(log_dir: Path, keep_pairs: int, keep_every: int, final_step: int, resu
 
 def versions() -> dict[str, str]:
     """Versions of what computes the weights."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+    libraries = {"torch": str(torch.__version__), "numpy": np.__version__}
+    return {"mini-gpt": __version__, "python": platform.python_version(), **libraries}
 
 
 def model_content(
