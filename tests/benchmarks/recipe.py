@@ -99,8 +99,8 @@ def measure(args: Namespace) -> Figures:
     figures = {"name": args.part, "device": device_name(device)}
     print(", ".join(map(str, figures.values())))
     with tempfile.TemporaryDirectory() as name:
-        flags = [*part.flags.split(), "--device", args.device]
-        flags += ["--data", prepare_data(part, args.data, Path(name))]
+        data = prepare_data(part, args.data, Path(name))
+        flags = [*part.flags.split(), "--device", args.device, "--data", data]
         figures["optimizer_milliseconds"] = {
             recipe: optimizer_milliseconds([*flags, "--recipe", recipe], device) for recipe in COLORS
         }
@@ -112,7 +112,10 @@ def measure(args: Namespace) -> Figures:
             faithful += ["--max-lr", str(rate)]
             targets[args.seeds[0]] = trials[rate]
         fast = [*flags, "--recipe", "fast", *part.fast.split()]
-        figures["flags"] = {"faithful": " ".join(faithful), "fast": " ".join(fast)}
+        figures["flags"] = {
+            recipe: " ".join(words).replace(data, Path(data).name)  # where it was does not matter
+            for recipe, words in (("faithful", faithful), ("fast", fast))
+        }
         figures["seeds"] = {
             str(seed): measure_seed(part, targets.get(seed), faithful, fast, seed, Path(name))
             for seed in args.seeds
