@@ -199,7 +199,7 @@ RECIPES = {
     "fast": {
         "gpt2": dict(MUON, max_steps=9536, warmup_steps=256, max_lr=1.8e-3),
         "tiny": dict(MUON, max_steps=420, warmup_steps=40, max_lr=2.7e-2),
-        "char": dict(MUON, max_steps=560, warmup_steps=50, max_lr=8e-3),
+        "char": dict(MUON, max_steps=650, warmup_steps=50, max_lr=8e-3),
         "small": dict(MUON, max_steps=150, warmup_steps=15, max_lr=3e-3),
         "small-char": dict(MUON, max_steps=1000, warmup_steps=100, max_lr=3e-3),
     },
