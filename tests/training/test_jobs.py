@@ -8,7 +8,6 @@ from argparse import Namespace
 import pytest
 import torch
 
-import train_gpt
 from tests.conftest import run, tiny_model
 from tests.small_runs import train
 from utils.command_line import UserError
@@ -94,7 +93,7 @@ def test_a_micro_batch_is_timed_where_it_can_run(monkeypatch):
 
 def test_all_ranks_compile_or_none_does(short_text, tmp_path, capsys, monkeypatch):
     """A rank that would compile does not where another one cannot."""
-    monkeypatch.setattr(train_gpt.runtime, "choose_compile", lambda *a, **k: Decision(True, "auto: it pays"))
+    monkeypatch.setattr(micro_batch, "choose_compile", lambda *a, **k: Decision(True, "auto: it pays"))
     monkeypatch.setattr(Distributed, "max_number", lambda self, number: number is False or number)
     assert train(short_text, tmp_path, "--max-steps", "4") == 0
     assert "compile off (auto: on some rank it does not pay or is not possible)" in capsys.readouterr().out
