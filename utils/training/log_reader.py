@@ -144,7 +144,7 @@ def tokens_trained(records: list[dict[str, Any]], step: int) -> int | None:
     counted = [(r["step"], r["tokens"]) for r in records if r["kind"] == "val" and "tokens" in r]
     start = starts[0].get("step", 0), 0
     known, tokens = max((point for point in counted if point[0] <= step), default=start)
-    return tokens + (step - known) * starts[-1]["settings"]["total_batch_tokens"]
+    return tokens + max(step - known, 0) * starts[-1]["settings"]["total_batch_tokens"]
 
 
 def published_val_losses(records: list[dict[str, Any]]) -> dict[int, float]:
