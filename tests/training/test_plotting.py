@@ -224,10 +224,11 @@ def test_a_picture_replaces_no_link(target, tmp_path):
     """--out may be a link: its target is written, be it a file or a pipe, and the link stays."""
     log_dir, out = fake_run(tmp_path / "a"), tmp_path / "x.png"
     out.symlink_to(target)
-    reader = None
+    reader, written = None, tmp_path / target
     if target == "fifo":
         os.mkfifo(tmp_path / target)
-        reader = subprocess.Popen(["cat", tmp_path / target], stdout=subprocess.PIPE)
+        written = tmp_path / "read.png"  # a second pipe could fill up before anyone reads it
+        reader = subprocess.Popen(["dd", "status=none", f"if={tmp_path / target}", f"of={written}"])
     assert plotting.main([str(log_dir), "--out", str(out)]) == 0
-    data = reader.communicate()[0] if reader else (tmp_path / target).read_bytes()
-    assert data.startswith(b"\x89PNG") and out.is_symlink()
+    assert reader is None or reader.wait(timeout=60) == 0
+    assert written.read_bytes().startswith(b"\x89PNG") and out.is_symlink()
