@@ -153,9 +153,10 @@ def test_resumes_are_marked(tmp_path):
 
 
 def write_losses(log_dir: Path, first: float, later: float, *, vocab_size: int) -> None:
-    """A run of 200 updates whose loss falls from `first` to `later` in ten updates."""
+    """A run of 200 updates whose loss falls from `first` in ten updates, and has two spikes later."""
     log_dir.mkdir()
-    losses = [later + (first - later) * max(0, 10 - step) / 10 for step in range(200)]
+    losses = [later + (first - later) * max(0, 10 - step) / 10 + 0.03 * (step % 2) for step in range(200)]
+    losses[100] = losses[150] = max(later, first)
     (log_dir / "log.txt").write_text("".join(f"{step} train {loss}\n" for step, loss in enumerate(losses)))
     add_records(
         log_dir,
@@ -169,11 +170,22 @@ def test_the_loss_axis_shows_what_follows_the_first_drop(tmp_path):
     figure = run_figure(tmp_path / "a")
     assert figure.axes[0].get_ylim()[1] < 5.2 and texts_of(figure.axes[0]) == []
     assert "above the axis: losses up to 10.80" in labels_of(figure)
-    write_losses(tmp_path / "b", 4.2, 4.17, vocab_size=65)
+    write_losses(tmp_path / "b", 4.17, 4.17, vocab_size=65)
     figure = run_figure(tmp_path / "b")
     assert texts_of(figure.axes[0]) == ["uniform guess: ln 65 = 4.17"]
     assert figure.axes[0].lines[-1].get_ydata()[0] == pytest.approx(math.log(65))
     assert not any("above the axis" in label for label in labels_of(figure))
+
+
+@pytest.mark.parametrize("num_updates", [1, 2, 12])
+def test_a_short_run_is_shown_whole(num_updates, tmp_path):
+    """Its first values are most of it, and there is nothing to smooth."""
+    (tmp_path / "log.txt").write_text("".join(f"{s} train {9.0 - s / 2}\n" for s in range(num_updates)))
+    add_records(tmp_path, *(dict(kind="train", step=s, lr=1.0, norm=9.0 - s) for s in range(num_updates)))
+    figure = run_figure(tmp_path)
+    loss, norm, _ = figure.axes
+    assert labels_of(figure) == ["train"] and line_of(loss, "train")[0] == list(range(num_updates))
+    assert loss.get_ylim()[0] < 9.0 - (num_updates - 1) / 2 and loss.get_ylim()[1] > 9.0 < norm.get_ylim()[1]
 
 
 def test_a_long_run_is_drawn_in_about_a_second(tmp_path):

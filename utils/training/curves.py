@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_UPDATES = 20_000  # that are read from metrics.jsonl
+SHORT = 50  # updates; of fewer the axes show every value
 HEIGHTS = {"loss": 3.2, "norm": 1.1, "rates": 1.1, "hellaswag": 1.7}  # of the panels, in inches
 
 
@@ -107,7 +108,8 @@ def _draw_losses(axis: "Axes", curves: dict[str, tuple], records: list[dict[str,
         style = dict(color="black", marker="x", linestyle="none", zorder=3)
         axis.plot(*zip(*points), label="val published for this recipe on FineWeb-Edu", **style)
     highest = max([*train, *val], default=0.0)
-    if set_limits(axis, [typical(after_steep_part(train)), after_steep_part(val)], highest):
+    shown = [train, val] if reached < SHORT else [typical(after_steep_part(train)), after_steep_part(val)]
+    if set_limits(axis, shown, highest):
         axis.plot([], [], linestyle="none", label=f"above the axis: losses up to {highest:.2f}")
     vocab_size = start_of(records).get("model", {}).get("vocab_size")
     if is_int(vocab_size, 2) and axis.get_ylim()[0] <= math.log(vocab_size) <= axis.get_ylim()[1]:
@@ -117,10 +119,12 @@ def _draw_losses(axis: "Axes", curves: dict[str, tuple], records: list[dict[str,
 
 
 def _draw_train_losses(axis: "Axes", steps: Sequence[int], losses: Sequence[float]) -> None:
-    axis.plot(*decimated(steps, losses), color="tab:blue", alpha=0.3, linewidth=0.7, label="train")
     window = smoothing_window(len(losses))
-    label = f"train, mean of {window:,} updates around each"
-    axis.plot(*decimated(*smoothed(steps, losses, window)), color="tab:blue", linewidth=1.6, label=label)
+    faint = dict(alpha=0.3, linewidth=0.7) if window > 1 else dict(linewidth=1.6, marker=".")
+    axis.plot(*decimated(steps, losses), color="tab:blue", label="train", **faint)
+    if window > 1:
+        label = f"train, mean of {window:,} updates around each"
+        axis.plot(*decimated(*smoothed(steps, losses, window)), color="tab:blue", linewidth=1.6, label=label)
 
 
 def _draw_val_losses(axis: "Axes", steps: Sequence[int], losses: Sequence[float]) -> None:
@@ -135,7 +139,8 @@ def _draw_val_losses(axis: "Axes", steps: Sequence[int], losses: Sequence[float]
 def _draw_norms(axis: "Axes", steps: Sequence[int], norms: Sequence[float], grad_clip: object) -> None:
     """Gradient norms before clipping, and the norm to which they are clipped."""
     axis.plot(*decimated(steps, norms), color="tab:brown", linewidth=0.7)
-    set_limits(axis, [typical(after_steep_part(norms)), [0.0]], max(norms))
+    shown = norms if len(norms) < SHORT else typical(after_steep_part(norms))
+    set_limits(axis, [shown, [0.0]], max(norms))
     if is_number(grad_clip) and grad_clip <= axis.get_ylim()[1]:
         draw_reference(axis, f"clipped to {grad_clip:g}", grad_clip, side="right", va="bottom")
     axis.set_ylabel(f"gradient norm\n(highest {max(norms):.3g})")

@@ -67,8 +67,8 @@ def after_steep_part(values: Sequence[float]) -> Sequence[float]:
 
 
 def typical(values: Sequence[float]) -> list[float]:
-    """The lowest value, and one that all but one in two hundred do not exceed."""
-    return [min(values), float(np.percentile(values, 99.5))] if len(values) else []
+    """The lowest value, and one that all but one in fifty do not exceed."""
+    return [min(values), float(np.percentile(values, 98))] if len(values) else []
 
 
 def set_limits(axis: "Axes", shown: Iterable[Sequence[float]], highest: float) -> bool:

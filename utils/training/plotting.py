@@ -155,15 +155,15 @@ def _title(runs: list[LoggedRun], differing: list[str]) -> str:
     return f"{len(runs)} runs, which differ in {', '.join(differing[:MOST_SETTINGS])}{more}"
 
 
-def _label(run: LoggedRun, measure: str, names: Sequence[str]) -> str:
+def _label(logged: LoggedRun, measure: str, names: Sequence[str]) -> str:
     """Name, val loss, and the values of these settings of a run, for the legend."""
-    parts = [run.name]
-    if run.vals:
-        last, best = run.vals[-1][measure], min(run.vals, key=lambda record: record[measure])
+    parts = [logged.name]
+    if logged.vals:
+        last, best = logged.vals[-1][measure], min(logged.vals, key=lambda record: record[measure])
         parts.append(f"val {last:.4f}")
         if best[measure] < last:
             parts.append(f"best {best[measure]:.4f} at step {best['step']:,}")
-    return ", ".join(parts + [f"{name} {_value(run.settings[name])}" for name in names if run.settings])
+    return ", ".join(parts + [f"{name} {_value(logged.settings[name])}" for name in names if logged.settings])
 
 
 def _panels(runs: list[LoggedRun], measure: str) -> list[Panel]:
@@ -187,14 +187,14 @@ def _unit(runs: list[LoggedRun], key: str, units: Sequence[tuple[int, str]]) -> 
     return next((unit for unit in units if longest >= 2 * unit[0]), units[-1])
 
 
-def _smoothed_train_loss(run: LoggedRun, measure: str) -> tuple[Sequence[float], Sequence[float]]:
+def _smoothed_train_loss(logged: LoggedRun, measure: str) -> tuple[Sequence[float], Sequence[float]]:
     """In bits per byte with the bytes per token of the val part: nothing records those of single updates."""
-    steps, losses = run.curves.get("train", ([], []))
+    steps, losses = logged.curves.get("train", ([], []))
     if not steps:
         return [], []
     steps, losses = decimated(*smoothed(steps, losses, smoothing_window(len(losses))))
-    in_bits = measure == "bits_per_byte" and run.vals
-    return steps, losses * (run.vals[-1][measure] / run.vals[-1]["loss"] if in_bits else 1.0)
+    in_bits = measure == "bits_per_byte" and logged.vals
+    return steps, losses * (logged.vals[-1][measure] / logged.vals[-1]["loss"] if in_bits else 1.0)
 
 
 def _draw(axis: "Axes", panel: Panel) -> None:
