@@ -142,7 +142,8 @@ def _draw_norms(axis: "Axes", steps: Sequence[int], norms: Sequence[float], grad
     shown = norms if len(norms) < SHORT else typical(after_steep_part(norms))
     set_limits(axis, [shown, [0.0]], max(norms))
     if is_number(grad_clip) and grad_clip <= axis.get_ylim()[1]:
-        draw_reference(axis, f"clipped to {grad_clip:g}", grad_clip, side="right", va="bottom")
+        va = "bottom" if grad_clip < 0.8 * axis.get_ylim()[1] else "top"
+        draw_reference(axis, f"clipped to {grad_clip:g}", grad_clip, side="right", va=va)
     axis.set_ylabel(f"gradient norm\n(highest {max(norms):.3g})")
 
 
