@@ -32,6 +32,7 @@ from generate import sample_texts
 from gpt_model import GPT, GPTConfig
 from utils import runtime
 from utils.command_line import (
+    Diverged,
     Unfinished,
     UserError,
     format_duration,
@@ -469,6 +470,7 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
             log.warn(warning)
         record = dict(settings=run.identity.settings, environment=run.identity.environment)
         record.update(step=step, reasons=run.plan.reasons, parameters=state.model.num_parameters())
+        record.update(model=run.identity.config)
         log.log_start(record, tensorboard=args.tensorboard, wandb=args.wandb)
         try:
             compiled = run.identity.environment["compiled"]
@@ -488,11 +490,14 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
                 raise Unfinished(f"{stop}, but could not save", hint) from stop
             where = f"saved {args.log_dir} at step {state.progress.step}"
             log.say(f"{stop}: {where}; run it again with --resume to continue")
+            log.draw_curves()  # last: all else is done if the process is killed meanwhile
             return stop.exit_code
         except Exception as error:
             # The other ranks fail after this one: the message must say which failed first, and where.
             if not (dist.is_alone or isinstance(error, UserError)):
                 print(f"rank {dist.rank} failed at step {state.progress.step}:", file=sys.stderr, flush=True)
+            if isinstance(error, Diverged) and dist.is_alone:  # other ranks' exits may end this one
+                log.draw_curves()
             raise
         if lost := log.lost_files():
             what = f"{args.log_dir} was removed or renamed during the run: it lacks {', '.join(lost)}"

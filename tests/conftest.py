@@ -90,7 +90,7 @@ def short_text(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def no_pictures(monkeypatch) -> None:
-    """Draws no curves.png: that takes longer than a small run. test_report.py tests the drawing."""
+    """Draws no curves.png: that takes longer than a small run. test_curves.py tests the drawing."""
     monkeypatch.setattr(run_log, "plot_run", lambda log_dir: None)
 
 

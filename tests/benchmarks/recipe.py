@@ -26,8 +26,9 @@ from utils.distributed import Distributed
 from utils.runtime import choose_device, choose_matmul, device_name
 from utils.tokenizer import PADDED_GPT2_VOCAB
 from utils.training.data_source import choose_source
+from utils.training.drawing import new_figure, save_picture
+from utils.training.log_reader import read_metrics
 from utils.training.optimizers import make_optimizers
-from utils.training.report import new_figure, read_metrics, save_picture
 
 ROOT = Path(__file__).resolve().parents[2]
 COLORS = {"faithful": "tab:blue", "fast": "tab:orange"}
@@ -251,7 +252,7 @@ def print_summary(figures: Figures) -> None:
 
 def draw(figures: Figures, path: Path) -> None:
     """Draws the val losses of all runs against tokens, and the losses to reach."""
-    figure = new_figure()
+    figure = new_figure(layout="constrained")
     figure.set_size_inches(9, 5)
     axis, lowest = figure.subplots(), []
     for row in figures["seeds"].values():

@@ -18,8 +18,9 @@ from typing import IO, Any, NamedTuple
 from utils.command_line import bits_per_byte, format_duration, perplexity
 from utils.console import lost_streams, printable
 from utils.text_files import quoted
+from utils.training.curves import plot_run
 from utils.training.log_directory import LOGS, RUN_FILES
-from utils.training.report import plot_run, write_report
+from utils.training.report import write_report
 
 WANDB_ID_FILE = "wandb_id.txt"  # in the log directory: a resumed run continues the same wandb run
 
