@@ -3,12 +3,19 @@
 `python -m utils.training.report log` writes the report again.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # where utils is, also if started by its path
+    from utils.console import begin_script
+
+    begin_script()
+
 import json
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.command_line import ArgumentParser, UserError, format_duration, perplexity, run_script
