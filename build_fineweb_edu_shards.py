@@ -2,7 +2,7 @@
 
     python build_fineweb_edu_shards.py                        FineWeb-Edu sample-10BT -> edu_fineweb10B/
     python build_fineweb_edu_shards.py --max-shards 10        the first billion tokens
-    python build_fineweb_edu_shards.py --input 'corpus/*.jsonl' notes.txt book.parquet --output-dir my_tokens
+    python build_fineweb_edu_shards.py --input '*.jsonl' notes.txt --output-dir my_tokens    your own text
     python build_fineweb_edu_shards.py --tokenizer bpe:16384  with a tokenizer of one's own
     python build_fineweb_edu_shards.py --verify               compare every shard with the manifest
     python build_fineweb_edu_shards.py --verify --inputs      compare the input files, too
@@ -70,7 +70,7 @@ KEPT = "finished shards are kept; run the same command again to continue"
 
 def parse_arguments(arguments: list[str] | None) -> Namespace:
     """Parses the command line. Raises UserError for flags that contradict each other."""
-    parser = ArgumentParser(prog="build_fineweb_edu_shards.py", description=__doc__.split("\n")[0])
+    parser = ArgumentParser(prog="build_fineweb_edu_shards.py", doc=__doc__)
     add = parser.add_argument
     input_help = "files, globs or folders: .parquet .jsonl .json .txt, the last three also packed: .gz .zst"
     add("--input", nargs="+", type=path_text, metavar="FILE", help=input_help)

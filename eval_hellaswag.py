@@ -1,8 +1,8 @@
 """HellaSwag (Zellers et al. 2019): how often a model prefers the true ending of a text to three wrong ones.
 
-    python eval_hellaswag.py -m gpt2          or gpt2-medium, gpt2-large, gpt2-xl, a transformers folder
-    python eval_hellaswag.py -m log/model_19073.pt --output ours.jsonl
-    python eval_hellaswag.py --compare gpt2.jsonl ours.jsonl
+    python eval_hellaswag.py -m gpt2                            OpenAI's GPT-2 124M, after a download
+    python eval_hellaswag.py -m log --output ours.jsonl         the last checkpoint in a folder
+    python eval_hellaswag.py --compare gpt2.jsonl ours.jsonl    a paired test of two models
 
 The model's answer is the ending with the lowest loss given the context: the mean over the ending's tokens
 (acc_norm) or the sum (acc). The losses are computed in two forms. The plain form runs four padded rows per
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from gpt_model import GPT
+from gpt_model import GPT, PRETRAINED_CONFIGS
 from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
 from utils.console import warn
 from utils.cpu_matmul import linear
@@ -48,6 +48,7 @@ from utils.runtime import (
     peak_memory_bytes,
 )
 from utils.tokenizer import GPT2Tokenizer, Tokenizer
+from utils.weights.find_model import find_model
 
 # Nodes per forward pass: enough to keep the device busy at little memory.
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536, "mps": 8192}
@@ -357,10 +358,10 @@ def score_style(
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="eval_hellaswag.py", description="HellaSwag accuracy of a model.")
+    parser = ArgumentParser(prog="eval_hellaswag.py", doc=__doc__)
     add = parser.add_argument
-    model_help = "gpt2[-medium|-large|-xl], checkpoint or model folder"
-    add("-m", "--model-name", type=path_text, default="gpt2", help=model_help)
+    model_help = "gpt2[-medium|-large|-xl], checkpoint, folder of a run or of transformers"
+    add("-m", "--model-name", type=path_text, default="gpt2", metavar="MODEL", help=model_help)
     add("-d", "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--split", choices=("val", "train", "test"), default="val", help="test has no labels: use --output")
     add("--limit", type=positive_int, metavar="N", help="score the first N examples only")
@@ -384,13 +385,14 @@ def main(argv: list[str] | None = None) -> int:
         check_output(args.output)
     styles = tuple(STYLES) if args.style == "both" else (args.style,)
     # Everything that can fail quickly comes before loading the model.
+    source = find_model(args.model_name, PRETRAINED_CONFIGS)
     path = find_or_download(choose_directory(args.hellaswag_dir), args.split)
     rows = read_rows(path, args.split, for_harness="lm-eval" in styles)[: args.limit]
     device = choose_device(args.device).value
     dtype, reason = choose_dtype(args.dtype, device)
-    model = GPT.load(args.model_name, device)
+    model = GPT.load(source, device)
     choose_matmul(model)
-    tokenizer = tokenizer_for(args.model_name, model.tokenizer_state, model.config.vocab_size)
+    tokenizer = tokenizer_for(source, model.tokenizer_state, model.config.vocab_size)
     block_size = model.config.block_size
     records = {}
     for style in styles:
@@ -401,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
         records[style] = score_style(model, examples, dtype, args.batch_tokens, style)
         seconds = time.perf_counter() - started
         if args.split != "test":
-            print(summary(style, records[style], args.model_name))
+            print(summary(style, records[style], str(source)))
         print(
             f"  {len(rows) / seconds:,.1f} examples/s on {device} in {str(dtype)[6:]} ({reason}), "
             f"peak memory {peak_memory_bytes(device) / 1e9:.2f} GB"

@@ -1,8 +1,8 @@
 """Samples text from a checkpoint or from OpenAI's GPT-2.
 
-python generate.py -m log/model_01000.pt -p "To be, or not to be"
-python generate.py -m gpt2-xl -p FILE:prompt.txt --temperature 0
-python generate.py                       the newest checkpoint in log/, prompts typed at the terminal
+    python generate.py                                        the newest checkpoint; asks for prompts
+    python generate.py -m log -p "To be, or not to be"        the last checkpoint in a folder
+    python generate.py -m gpt2-xl -p FILE:prompt.txt -n 3     three samples from OpenAI's largest GPT-2
 
 From Python, `complete(GPT.load("log/model_01000.pt"), "To be, or not to be")` returns a text.
 """
@@ -16,6 +16,7 @@ import io
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
@@ -25,15 +26,16 @@ from torch import Tensor
 
 from gpt_model import GPT
 from utils.command_line import ArgumentParser, UserError, path_text, run_script
-from utils.console import warn
+from utils.console import no_second_interrupt, warn
 from utils.decoding import check_sampling
 from utils.distributed import environment_local_rank
 from utils.runtime import DTYPES, choose_device, choose_dtype, choose_matmul, eval_mode
-from utils.text_files import read_text
+from utils.suggestions import similar_file
+from utils.text_files import quoted, read_text
 from utils.tokenizer import Tokenizer, check_vocab_size, tokenizer_from_state
-from utils.weights.checkpoint import newest_model_file
+from utils.weights.find_model import newest_run
 
-LOG_DIR = Path(__file__).resolve().parent / "log"
+ROOT = Path(__file__).resolve().parent
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, block_size: int) -> Tensor:
@@ -84,7 +86,10 @@ def sample_texts(
 def read_prompt(argument: str | None) -> str:
     """The prompt that -p names: None or `-` is standard input, `FILE:path` a file, anything else is text."""
     if argument is not None and argument.startswith("FILE:"):
-        return read_text(Path(os.path.expanduser(argument[len("FILE:") :])), flag="-p FILE:")
+        path = Path(os.path.expanduser(argument[len("FILE:") :]))
+        if "\0" not in argument and not path.exists() and (close := similar_file(path)):
+            raise UserError(f"cannot read {path}: no such file", f"did you mean -p FILE:{quoted(close)}?")
+        return read_text(path, flag="-p FILE:")
     name = "standard input" if argument in (None, "-") else "-p"
     try:
         # Bytes that are not UTF-8 arrive as surrogates.
@@ -100,34 +105,60 @@ def interact(
     model: GPT, tokenizer: Tokenizer, max_new_tokens: int, seed: int,
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
 ) -> None:  # fmt: skip
-    """Reads prompts and streams continuations until an empty line or the end of input."""
+    """Reads prompts and streams continuations until an empty line or the end of input.
+
+    Ctrl-C ends a continuation; at the prompt, it is raised as KeyboardInterrupt.
+    """
     device = model.lm_head.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     sampling = (temperature, top_k, top_p, generator, tokenizer.vocab_size)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # what is typed or pasted may not be UTF-8
-    with suppress(EOFError):
-        while prompt := input("prompt (an empty line quits): "):
-            idx = encode_prompt(prompt, tokenizer, model.config.block_size).to(device)
-            ids, shown = [], ""
-            for token in map(Tensor.item, model.stream(idx, max_new_tokens, *sampling)):
-                if token == tokenizer.end_of_text:
-                    break
-                ids.append(token)
-                # A token may end within a character: U+FFFD is held back until the next token completes it.
-                text = tokenizer.decode(ids)
-                if not text.endswith("\ufffd"):
-                    print(text[len(shown) :], end="", flush=True)
-                    shown = text
-            print(tokenizer.decode(ids)[len(shown) :])
+    while prompt := read_line("prompt (an empty line quits): "):
+        idx = encode_prompt(prompt, tokenizer, model.config.block_size).to(device)
+        tokens = map(Tensor.item, model.stream(idx, max_new_tokens, *sampling))
+        try:
+            stream_text(takewhile(lambda token: token != tokenizer.end_of_text, tokens), tokenizer)
+        except KeyboardInterrupt:
+            print()
+
+
+def read_line(question: str) -> str:
+    """A line typed at the terminal, with a history and cursor keys where Python has readline.
+
+    "" at the end of input. What Ctrl-C and Ctrl-D leave in the line is ended.
+    """
+    with suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401 - input() uses it once it is imported
+    try:
+        return input(question)
+    except EOFError:
+        print()
+        return ""
+    except KeyboardInterrupt:
+        print()
+        raise
+
+
+def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
+    """Prints the text of tokens as they come, and a line break."""
+    ids, shown = [], ""
+    for token in tokens:
+        ids.append(token)
+        # A token may end within a character: U+FFFD is held back until the next token completes it.
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print(tokenizer.decode(ids)[len(shown) :])
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
     """The command line; see `--help`."""
-    parser = ArgumentParser(prog="generate.py", description="Sample text from a checkpoint or a GPT-2 size.")
+    parser = ArgumentParser(prog="generate.py", doc=__doc__)
     add = parser.add_argument
-    model_help = "checkpoint, gpt2[-medium|-large|-xl] or folder; default: newest in log/"
-    add("-m", "--model-name", type=path_text, help=model_help)
+    model_help = "checkpoint, gpt2[-medium|-large|-xl] or folder; default: newest in log/ and runs/*/"
+    add("-m", "--model-name", type=path_text, metavar="MODEL", help=model_help)
     add("-p", "--prompt", help="text, FILE:path, or - for standard input; default: ask at the terminal")
     add("-n", "--num-samples", type=int, default=1, help="number of continuations")
     add("--max-new-tokens", type=int, default=100, help="tokens per continuation")
@@ -148,9 +179,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     device = choose_device(args.device).value
     dtype = choose_dtype(args.dtype, device).value
-    source = args.model_name or newest_model_file(LOG_DIR)
+    source = args.model_name or newest_run(ROOT)
     if source is None:
-        raise UserError(f"no checkpoint in {LOG_DIR}", "run train_gpt.py first, or name a model: -m gpt2")
+        what = f"no checkpoint in {ROOT / 'log'} or {ROOT / 'runs'}"
+        raise UserError(what, "run train_gpt.py first, or name a model: -m gpt2")
     # Converted once instead of autocast: half the bytes to read for each token, and no casts of activations.
     model = GPT.load(source, device).to(dtype)
     choose_matmul(model)
@@ -159,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     sampling = (args.max_new_tokens, args.seed, args.temperature, args.top_k, args.top_p)
     try:
         if args.prompt is None and sys.stdin.isatty():
-            interact(model, tokenizer, *sampling)
+            with no_second_interrupt():
+                interact(model, tokenizer, *sampling)
             return 0
         texts = sample_texts(model, tokenizer, read_prompt(args.prompt), args.num_samples, *sampling)
     except FloatingPointError as error:

@@ -306,16 +306,16 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "GPT":
-        """Loads a checkpoint file, a GPT-2 size or a folder of transformers, in eval mode.
+        """Loads a checkpoint, the last one in the folder of a run, a GPT-2 size or a folder of transformers.
 
-        Raises UserError for anything else.
+        Returns it in eval mode. Raises UserError for anything else.
         """
-        if str(source) in PRETRAINED_CONFIGS or Path(source).is_dir():
-            return cls.from_pretrained(source).to(device)
-        if not str(source).endswith(".pt") and not Path(source).exists():
-            what = f"unknown model {str(source)!r}; choose {', '.join(PRETRAINED_CONFIGS)}"
-            raise UserError(what, "or give a checkpoint (log/model_*.pt) or a folder of transformers")
-        return cls.from_checkpoint(source, device)
+        from utils.weights.find_model import find_model
+
+        found = find_model(source, PRETRAINED_CONFIGS)
+        if str(found) in PRETRAINED_CONFIGS or Path(found).is_dir():
+            return cls.from_pretrained(found).to(device)
+        return cls.from_checkpoint(found, device)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> "GPT":

@@ -55,6 +55,7 @@ from utils.training.flags import (
     accumulation_steps,
     check_ranks_agree,
     check_training_settings,
+    fitting_micro_batch,
     int_or_auto,
     read_flags,
     warn_of_unused,
@@ -92,14 +93,15 @@ from utils.weights.checkpoint import Checkpoint
 # flag are one line and cannot drift apart; a new hyperparameter is one line more.
 
 # fmt: off
-flag = Flags()
+flag = Flags(__doc__)
 
 flag.group("model and data")
 DATA = flag("--data", None, path_text, "texts, .json, shards, .bin, .ds; default: edu_fineweb10B/, input.txt")
 TOKENIZER = flag("--tokenizer", None, tokenizer_name, "gpt2, char, bpe:N (N tokens, trained on the text) or "
                  "a tokenizer.json; default: that of the shards, gpt2 for a text")
 SHUFFLE = flag("--shuffle", "on", ("on", "off"), "shuffle the windows by the seed, or keep the data's order")
-INIT_FROM = flag("--init-from", None, path_text, "start from gpt2[-medium|-large|-xl], checkpoint, folder")
+INIT_FROM = flag("--init-from", None, path_text, "start from gpt2[-medium|-large|-xl], checkpoint, folder",
+                 metavar="MODEL")
 N_LAYER = flag("--n-layer", 12, positive_int, "number of layers")  # 12, 12, 768: GPT-2 124M
 N_HEAD = flag("--n-head", 12, positive_int, "number of attention heads")
 N_EMBD = flag("--n-embd", 768, positive_int, "number of channels")
@@ -208,7 +210,7 @@ RECIPES = {
 flag.group("recipe")
 flag("--recipe", "faithful", tuple(RECIPES), "faithful: as published; fast: the same loss from fewer tokens")
 flag.group("model and data")
-flag("--preset", None, tuple(PRESETS), "default: by device and data, gpt2 on CUDA with shards")
+flag("--preset", None, tuple(PRESETS), "settings for a device and data; default: what suits both")
 # fmt: on
 
 
@@ -522,6 +524,8 @@ def main(argv: list[str] | None = None) -> int:
             warn_of_unused(args)
         if args.eval_only:
             return report_loss(args, dist, MODELS, evaluate)
+        if "micro_batch" not in args.typed:  # the preset's is for one process
+            args.micro_batch = fitting_micro_batch(args, args.micro_batch, dist.world_size)
         check_training_settings(args, dist.world_size)
         reasons = {"preset": f"{args.preset} ({preset_reason}), recipe {args.recipe}"}
         reasons["device"] = f"{dist.device} ({device.reason}): {runtime.device_name(dist.device)}"

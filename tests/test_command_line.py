@@ -121,6 +121,50 @@ def test_a_lack_of_memory_is_two_lines(error, capsys):
     assert re.fullmatch("error: out of memory: .+\nhint: .+\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (UserError("what is wrong", "what to do"), "error: what is wrong\nhint: what to do"),
+        (UserError("caf\udce9", "rename it"), "error: caf\\udce9\nhint: rename it"),
+        (
+            MemoryError("too much"),
+            "error: out of memory: too much\nhint: use smaller numbers, or more memory",
+        ),
+        (ZeroDivisionError("by zero"), None),
+    ],
+)
+def test_torchrun_finds_the_cause_of_an_error(error, shown, tmp_path, monkeypatch, capsys):
+    """In the file that it names, in the form that its own error handling reads, also from silent ranks."""
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    if shown is None:
+        with pytest.raises(ZeroDivisionError):
+            run_script(fail, lambda: 1)
+    else:
+        assert run_script(fail, lambda: 1) == 2
+    failure = ProcessFailure(local_rank=1, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert abs(failure.timestamp - time.time()) < 60
+    text = failure.message["extraInfo"]["py_callstack"]
+    end = shown or "in fail\n    raise error\nZeroDivisionError: by zero\n"
+    assert text.endswith(end) and text.startswith(shown or "Traceback")
+
+
+def test_no_error_file_is_written_without_torchrun_or_an_error(tmp_path, monkeypatch, capsys):
+    """Nor does a folder that is gone replace the error by another one."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert run_script(lambda: 0) == 0 and list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "error.json"))
+
+    def fail() -> None:
+        raise UserError("what is wrong", "what to do")
+
+    assert run_script(fail) == 2 and "what is wrong" in capsys.readouterr().err
+
+
 def test_given_flags_are_told_from_defaults():
     """Also where the given value equals the default: presets apply between the two."""
     parser = ArgumentParser(prog="x.py")
@@ -133,7 +177,7 @@ def test_given_flags_are_told_from_defaults():
     for arguments in (["--max-step", "3"], ["--max-steps", "0"], ["--max-steps", "1.5"]):
         with pytest.raises(UserError) as caught:
             parser.parse_args(arguments)
-        assert caught.value.hint == "python x.py --help lists the flags and their defaults"
+        assert caught.value.hint.endswith("python x.py --help lists the flags and their defaults")
 
 
 @pytest.mark.parametrize(

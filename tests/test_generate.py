@@ -292,11 +292,17 @@ def test_invalid_settings_are_refused(flags, checkpoint, capsys):
 
 
 def test_the_default_model_is_the_newest_checkpoint(checkpoint, tmp_path, monkeypatch, capsys):
-    """The newest one in log/, or an error that says how to get one."""
-    monkeypatch.setattr(generate, "LOG_DIR", tmp_path)
-    flags = ("-p", "ab", "--max-new-tokens", 4)
-    assert printed(capsys, *flags) == printed(capsys, "-m", checkpoint, *flags)
-    monkeypatch.setattr(generate, "LOG_DIR", tmp_path / "none")
+    """The newest one in log/ or runs/*/, which is named on stderr, or an error that says how to get one."""
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    (tmp_path / "runs").mkdir()
+    run = checkpoint.parent / "runs" / "a"
+    run.mkdir()
+    moved = checkpoint.rename(run / checkpoint.name)
+    flags = ["-p", "ab", "--max-new-tokens", "4", "-d", "cpu"]
+    assert generate.main(flags) == 0
+    out, error = capsys.readouterr()
+    assert error == f"model: {moved}\n" and out == printed(capsys, "-m", moved, *flags)
+    monkeypatch.setattr(generate, "ROOT", tmp_path / "none")
     assert run_script(lambda: generate.main(["-p", "ab"])) == 2
     assert "hint: run train_gpt.py first" in capsys.readouterr().err
 

@@ -9,10 +9,13 @@ import argparse
 import math
 import os
 import re
+import shlex
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +26,8 @@ from utils.console import (
     second_interrupt_exits,
     watched_signals,
 )
+from utils.help_text import HelpFormatter
+from utils.suggestions import flags_meant_by, similar
 
 # Of flags and files: larger numbers overflow somewhere, and mean nothing in a training run.
 LARGEST_INT = 10**15
@@ -94,9 +99,10 @@ def _run(main: Callable[[], int | None], local_rank: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
+        lines = printable(f"error: {error}\nhint: {error.hint}")
+        tell_torchrun(lines)
         if rank == 0 or error.one_rank_only:
             sys.stdout.flush()
-            lines = printable(f"error: {error}\nhint: {error.hint}")
             print(lines, file=sys.stderr, flush=True)
         code = error.exit_code
     except ResultLost as error:
@@ -111,13 +117,14 @@ def _run(main: Callable[[], int | None], local_rank: Callable[[], int]) -> int:
     except Exception as error:
         if is_out_of_memory(error):
             reason = printable(str(error).split("\n")[0][:200]) or "Python's own"
-            print(
-                f"error: out of memory: {reason}\nhint: use smaller numbers, or more memory", file=sys.stderr
-            )
+            lines = f"error: out of memory: {reason}\nhint: use smaller numbers, or more memory"
+            tell_torchrun(lines)
+            print(lines, file=sys.stderr)
             code = 2
-        elif not _in_process_group():
-            raise
         else:
+            tell_torchrun(traceback.format_exc())
+            if not _in_process_group():
+                raise
             traceback.print_exc()
             code = 1
     if _in_process_group():
@@ -126,6 +133,17 @@ def _run(main: Callable[[], int | None], local_rank: Callable[[], int]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def tell_torchrun(text: str) -> None:
+    """Writes an error where torchrun looks for it, so that its last block names the cause."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        import json
+
+        text = text.encode("utf-8", "backslashreplace").decode()  # torchrun could not print a surrogate
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": {"message": text, "extraInfo": more}}, file)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -139,35 +157,75 @@ def _in_process_group() -> bool:
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends the default to the help of a flag; where it is None, the help itself says what happens."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with `-` and `_` accepted alike, no abbreviations, and errors raised as `UserError`."""
+    """argparse with `-` and `_` accepted alike, no abbreviations, and errors raised as `UserError`.
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+    Unknown flags and values are compared with the known ones. `doc` is the docstring of a script, from which
+    --help takes the first line and the examples, which are indented.
+    """
+
+    def __init__(self, prog: str, doc: str | None = None, **kwargs: Any):
+        if doc:
+            kwargs["description"] = doc.split("\n")[0]
+            kwargs["epilog"] = "\n".join(["examples:", *re.findall(r"^    \S.*", doc, re.M)])
+            kwargs.setdefault("usage", "%(prog)s [flags]")
+        super().__init__(prog=command_name(prog), allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
         self.register("type", Path, lambda text: Path(path_text(text)))
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         args = sys.argv[1:] if args is None else args
         # In flags only: `--run_name=a_b` becomes `--run-name=a_b`.
         args = [re.sub(r"^--[^=]+", lambda flag: flag[0].replace("_", "-"), text) for text in args]
-        return super().parse_args(args, namespace)
+        return super().parse_known_args(args, namespace)
 
-    def parse_defaults_and_given(self, args: Sequence[str] | None = None) -> tuple[dict, dict]:
-        """All defaults, and the flags that were typed: presets apply between the two."""
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            meant = flags_meant_by(unknown, self._option_string_actions)
+            self._refuse(f"unrecognized arguments: {' '.join(unknown)}", meant)
+        return found
+
+    def parse_defaults_and_given(
+        self, args: Sequence[str] | None = None, *, unknown_too: bool = False
+    ) -> tuple[dict, dict]:
+        """All defaults, and the flags that were typed: presets apply between the two.
+
+        Unknown flags are an error, or ignored (`unknown_too`).
+        """
         defaults = vars(self.parse_args([]))
         # argparse sets no default for a name that the namespace already holds.
-        parsed = vars(self.parse_args(args, argparse.Namespace(**dict.fromkeys(defaults))))
-        return defaults, {name: value for name, value in parsed.items() if value is not None}
+        empty = argparse.Namespace(**dict.fromkeys(defaults))
+        parsed = self.parse_known_args(args, empty)[0] if unknown_too else self.parse_args(args, empty)
+        return defaults, {name: value for name, value in vars(parsed).items() if value is not None}
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, f"python {self.prog} --help lists the flags and their defaults")
+        meant = None
+        if found := re.search(r"argument (\S+): ignored explicit argument '(.*)'", message):
+            flag, value = found.groups()
+            opposite = flag.replace("--", "--no-", 1)
+            is_off = value.lower() in ("false", "off", "0") and opposite in self._option_string_actions
+            meant = f"{opposite if is_off else flag}, without a value"
+        self._refuse(message, meant)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = similar(str(value), map(str, action.choices or ()))
+            self._refuse(str(error), meant and " ".join([*action.option_strings[-1:], meant]))
+
+    def _refuse(self, message: str, meant: str | None) -> NoReturn:
+        lists = f"python {self.prog} --help lists the flags and their defaults"
+        raise UserError(message, f"did you mean {meant}? {lists}" if meant else lists)
+
+
+def command_name(prog: str) -> str:
+    """`prog`, or the path by which its file was started: a printed command is then true in any folder."""
+    was_started_by_path = getattr(sys.modules["__main__"], "__spec__", None) is None
+    is_this = Path(sys.argv[0]).stem == prog.removesuffix(".py").rpartition(".")[2]
+    return shlex.quote(sys.argv[0]) if was_started_by_path and is_this else prog
 
 
 def path_text(text: str) -> str:

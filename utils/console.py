@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from utils.installation import require_packages
+
 PROCESS_START = time.monotonic()  # nearly: this module is the first that a script imports
 SECOND_SIGINT_SECONDS = 1.0  # a launcher may deliver one Ctrl-C twice within a second
 # All control characters but line feed and tab, and those that reverse the direction of a text.
@@ -26,13 +28,15 @@ def begin_script() -> None:
     """From here on, Ctrl-C ends with exit code 130 and no traceback, also during slow imports.
 
     `run_script` replaces this by KeyboardInterrupt, which removes unfinished files, as long as `main` runs.
-    A worker of torchrun receives SIGTERM when its launcher has died.
+    A worker of torchrun receives SIGTERM when its launcher has died. A Python without the packages that every
+    script imports ends with two lines and exit code 2.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:  # closed: without this, the next file that is opened would become standard output
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    require_packages("torch", "numpy")
     handle_interrupt(lambda *_: os._exit(130))
     if launched_by_torchrun():
         threading.Thread(target=terminate_when_orphaned, args=(os.getppid(),), daemon=True).start()
@@ -162,6 +166,16 @@ def second_interrupt_exits() -> Callable[[int], None]:
                 os._exit(130)
 
     return on_signal
+
+
+@contextmanager
+def no_second_interrupt() -> Iterator[None]:
+    """Suspends `watched_signals`: Ctrl-C may be pressed any number of times. For the main thread only."""
+    earlier = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(earlier)
 
 
 def printable(text: str) -> str:

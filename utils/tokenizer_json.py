@@ -19,6 +19,7 @@ import numpy as np
 from utils.command_line import UserError, path_text
 from utils.console import warn
 from utils.files import whole_file
+from utils.suggestions import similar, similar_file
 from utils.text_files import read_text
 from utils.tokenizer import (
     END_OF_TEXT,
@@ -60,7 +61,9 @@ def tokenizer_name(text: str, kinds: tuple[str, ...] = ("gpt2", "char")) -> str:
     path = Path(path_text(text))
     if not os.path.exists(path / FILE_NAME if os.path.isdir(path) else path):
         expected = f"{', '.join(kinds)}, bpe:N, or the path of a {FILE_NAME}"
-        raise argparse.ArgumentTypeError(f"no file {path} (expected {expected})")
+        close = similar(text, kinds) or similar_file(path)
+        meant = f"; did you mean {close}?" if close else ""
+        raise argparse.ArgumentTypeError(f"no file {path} (expected {expected}){meant}")
     return str(path)
 
 

@@ -51,6 +51,11 @@ def torchrun(
     )
 
 
+def own_lines(output: str, *starts: str) -> list[str]:
+    """Lines of the ranks that begin so; those of torchrun's last block are indented."""
+    return [line for line in output.splitlines() if line.startswith(starts)]
+
+
 def finish(process: subprocess.Popen, timeout: float = 90) -> str:
     """Waits for a job and returns its output; a job that hangs is killed, and the test fails."""
     try:
@@ -152,7 +157,8 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout(short_text, tmp_path):
 def test_a_non_finite_loss_on_one_rank_stops_all_ranks(short_text, tmp_path):
     """One message names rank, micro-step, position and text; no checkpoint is written after it."""
     output = finish(torchrun(2, short_text, tmp_path, FAULT="nan@7:1"))
-    assert output.count("error: non-finite loss at step 7 (rank 1, micro-step 0, ") == 1, output
+    (error,) = own_lines(output, "error: ")
+    assert error.startswith("error: non-finite loss at step 7 (rank 1, micro-step 0, ")
     assert "text.txt position " in output
     assert "Traceback (most recent call last):\n  File" not in output.split("error: ")[0]
     assert sorted(path.name for path in tmp_path.glob("model_0*")) == ["model_00003.pt", "model_00006.pt"]
@@ -275,16 +281,18 @@ def test_workers_stop_when_their_launcher_is_killed(short_text, tmp_path):
 
 
 def test_an_error_of_all_ranks_is_printed_once(short_text, tmp_path):
-    """One error line and one hint per machine, for a setting and for a missing checkpoint."""
+    """One error line and one hint per machine; torchrun's own last block repeats it as the cause."""
     for flags, message in (
         (
             ("--total-batch-tokens", "100"),
-            "error: TOTAL_BATCH_TOKENS=100 is not a multiple of B*T*world_size = 2*16*2",
+            "error: --total-batch-tokens 100 is not a multiple of --micro-batch * --seq-len * ranks = 2*16*2",
         ),
         (("--resume", str(tmp_path / "none.pt")), "error: no checkpoint at"),
     ):
         output = finish(torchrun(2, short_text, tmp_path, *flags))
-        assert output.count(message) == output.count("hint: ") == 1, output
+        assert own_lines(output, "error: ")[0].startswith(message), output
+        assert len(own_lines(output, "error: ", "hint: ")) == 2, output
+        assert f"traceback : {message}" in output.split("Root Cause (first observed failure):")[1]
         assert 'Traceback (most recent call last):\n  File "' + str(DRIVER) not in output
 
 

@@ -50,13 +50,25 @@ def test_the_same_fine_tuning_again_names_the_checkpoint_that_was_moved(fine_tun
     """Also when the run has written a file of that name: the hint, followed, starts from the same weights."""
     flags = (*FLAGS, "--init-from", str(fine_tuned / "model_00009.pt"))
     for _ in range(2):
-        with pytest.raises(UserError, match="is not the file that this fine-tuning started from") as caught:
+        with pytest.raises(UserError, match="is not what this fine-tuning started from") as caught:
             train(short_text, fine_tuned, *flags)
         shutil.copy(fine_tuned / "model_00006.pt", fine_tuned / "model_00009.pt")
     assert caught.value.hint == f"--init-from {original(fine_tuned)}, or continue with --resume"
     train(short_text, tmp_path / "again", *FLAGS, "--init-from", str(original(fine_tuned)))
     lines = (fine_tuned / "log.txt").read_text().splitlines()
     assert (tmp_path / "again" / "log.txt").read_text().splitlines()[: len(lines)] == lines
+
+
+def test_the_same_fine_tuning_of_a_folder_again_is_refused(stopped_run, short_text, tmp_path):
+    """The log directory then holds the fine-tuned model; the hint, followed, starts from the same weights."""
+    flags = (*FLAGS, "--init-from", str(stopped_run))
+    assert train(short_text, stopped_run, *flags) == 0
+    with pytest.raises(UserError, match="is not what this fine-tuning started from") as caught:
+        train(short_text, stopped_run, *flags)
+    archive = original(stopped_run).parent
+    assert caught.value.hint == f"--init-from {archive}, or continue with --resume"
+    assert train(short_text, tmp_path / "again", *FLAGS, "--init-from", str(archive)) == 0
+    assert_same_run(tmp_path / "again", stopped_run, step=10)
 
 
 def test_another_source_of_a_resumed_run_is_a_warning(fine_tuned, short_text, capsys):

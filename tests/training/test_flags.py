@@ -21,6 +21,7 @@ from utils.training.flags import (
     Flags,
     accumulation_steps,
     check_training_settings,
+    fitting_micro_batch,
     warn_of_unused,
 )
 from utils.training.model_source import check_typed
@@ -133,7 +134,7 @@ def test_a_new_hyperparameter_is_one_line():
     script = script_from(source)
     assert script.read_arguments([])[0].beta_two == script.BETA_TWO == 0.95
     assert script.read_arguments(["--beta_two=0.9"])[0].beta_two == 0.9
-    assert "--beta-two BETA_TWO decay of the second moment (default: 0.95)" in " ".join(
+    assert "--beta-two X decay of the second moment (default: 0.95)" in " ".join(
         script.flag.parser.format_help().split()
     )
     with pytest.raises(UserError, match="-1 is not above zero"):
@@ -308,6 +309,47 @@ def test_all_problems_are_in_one_message():
 def test_accumulation_makes_the_batch_exact(world_size):
     """Rows x tokens x ranks x micro-steps is the batch."""
     assert accumulation_steps(64 * 128 * world_size * 5, 64, 128, world_size) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "fitted"),
+    [
+        (["--preset", "tiny"], 1, 8),
+        (["--preset", "tiny"], 2, 4),
+        (["--preset", "tiny"], 4, 2),
+        (["--preset", "tiny"], 3, 8),  # 8 windows cannot be divided by 3 ranks
+        (["--preset", "char"], 3, 4),
+        (["--preset", "char"], 2, 6),
+        (["--preset", "char", "--total-batch-tokens", "640"], 1, 10),
+        (["--preset", "gpt2"], 8, 64),
+        (["--preset", "gpt2"], 16, 32),
+    ],
+)
+def test_a_micro_batch_that_was_not_typed_fits_the_number_of_ranks(flags, world_size, fitted):
+    """The largest divisor of a rank's windows; where there is none, the error names the numbers."""
+    args, _ = train_gpt.read_arguments(flags)
+    args.micro_batch = fitting_micro_batch(args, args.micro_batch, world_size)
+    assert args.micro_batch == fitted
+    if world_size != 3 or flags[1] == "char":
+        assert accumulation_steps(args.total_batch_tokens, fitted, args.seq_len, world_size) >= 1
+    else:
+        with pytest.raises(
+            UserError, match=r"--micro-batch \* --seq-len \* ranks = 8\*64\*3 = 1536; nearest"
+        ):
+            accumulation_steps(args.total_batch_tokens, fitted, args.seq_len, world_size)
+
+
+def test_the_fitted_micro_batch_is_part_of_the_batch_line(text_file, tmp_path, capsys):
+    """Without another word; one that was typed is an error."""
+    flags = ["--preset", "char", "--total-batch-tokens", "640", "--dry-run", "--device", "cpu"]
+    flags += ["--data", str(text_file), "--log-dir", str(tmp_path)]
+    for more in ([], ["--micro-batch", "auto"]):
+        assert train_gpt.main([*flags, *more]) == 0
+        line = "batch: 640 tokens = 10 rows x 64 tokens x 1 process(es) x 1 micro-step(s)"
+        out, error = capsys.readouterr()
+        assert line in out and error == ""
+    with pytest.raises(UserError, match=r"= 12\*64\*1 = 768"):
+        train_gpt.main([*flags, "--micro-batch", "12"])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import train_gpt
 from tests.small_runs import RESUMABLE, assert_same_losses, train
 from utils.command_line import UserError, run_script
-from utils.training.resume import BY_CONTENT, HARMLESS, REFUSED, Identity, check_same_run
+from utils.training.resume import BY_CONTENT, HARMLESS, REFUSED, Identity, check_same_run, how_to_continue
 from utils.weights.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
@@ -35,8 +36,68 @@ def test_another_model_order_or_tokenizer_is_refused(flags, message, stopped_run
     before = {path.name: path.stat().st_mtime_ns for path in stopped_run.glob("[!.]*.*")}
     code = run_script(lambda: train(short_text, stopped_run, "--resume", *flags))
     error = capsys.readouterr().err
-    assert code == 2 and message in error and "new run in another --log-dir" in error
+    assert code == 2 and message in error and "for a new run, leave out --resume" in error
     assert {path.name: path.stat().st_mtime_ns for path in stopped_run.glob("[!.]*.*")} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "step"),
+    [
+        (["--n-layer", "1", "--n-embd", "32"], "add --n-layer 2 --n-embd 16"),
+        (["--seq-len", "8", "--seed", "1"], "add --seq-len 16 --seed 1337"),
+        (["--tokenizer", "gpt2"], "add --tokenizer char"),
+        (["--preset", "char", "--optimizer", "muon"], "add --optimizer adamw"),
+        (["--data", "OTHER"], "add --data SHORT"),
+    ],
+)
+def test_the_hint_continues_the_run_when_it_is_followed(flags, step, stopped_run, short_text, tmp_path):
+    """With the flags that it names added to the command; nothing else is needed."""
+    (tmp_path / "other.txt").write_text(short_text.read_text().upper())
+    names = {"OTHER": str(tmp_path / "other.txt"), "SHORT": str(short_text)}
+    flags = ["--resume", *(names.get(flag, flag) for flag in flags)]
+    with pytest.raises(UserError) as caught:
+        train(short_text, stopped_run, *flags)
+    hint = caught.value.hint
+    assert hint.startswith(f"to continue it, {step.replace('SHORT', names['SHORT'])}; for a new run, ")
+    added = shlex.split(hint.split("to continue it, add ")[1].split(";")[0])
+    assert train(short_text, stopped_run, *flags, *added) == 0
+    assert (stopped_run / "model_00020.pt").exists()
+
+
+def test_changed_data_of_the_same_name_must_be_restored():
+    """No flag brings it back, and the hint says so; other data is named, or its flag left out."""
+    text = "text.txt"
+    saved = Checkpoint(
+        Path("model_00001.pt"),
+        {"config": {"n_layer": 2}},
+        {"train_args": {"data": text}, "tokenizer": {"name": "gpt2"}, "data": [1], "environment": {}},
+    )
+    now = Identity({"n_layer": 2}, {"data": text}, {"name": "gpt2"}, [], {})
+    assert how_to_continue(now, saved, {}) == ["restore its data and tokenizer as they were"]
+    assert how_to_continue(now._replace(settings={"data": "x"}), saved, {}) == [f"add --data {text}"]
+    saved.state["train_args"]["data"] = None
+    assert how_to_continue(now, saved, {}) == ["leave out --data"]
+    other = Identity({"n_layer": 2}, {"data": text}, {"name": "bpe"}, [1], {})  # a changed tokenizer.json
+    assert how_to_continue(other, saved, {}) == ["restore its data and tokenizer as they were"]
+
+
+def test_the_hint_for_a_new_run_moves_the_old_one_when_it_is_followed(stopped_run, short_text):
+    """The same command without --resume; the checkpoints are in the archive."""
+    flags = ["--n-layer", "1", "--max-steps", "2", "--warmup-steps", "0"]
+    with pytest.raises(UserError, match="has n_layer=2, this run has n_layer=1") as caught:
+        train(short_text, stopped_run, "--resume", *flags)
+    assert "leave out --resume, which moves its files to archive/" in caught.value.hint
+    assert train(short_text, stopped_run, *flags) == 0
+    assert len(list(stopped_run.glob("archive/*/model_00009.pt"))) == 1
+
+
+def test_a_folder_is_resumed_from_its_newest_checkpoint(stopped_run, short_text, tmp_path, capsys):
+    """The log directory itself as without a name; an empty folder is refused."""
+    assert train(short_text, stopped_run, "--resume", str(stopped_run)) == 0
+    assert f"resumed {stopped_run}/model_00009.pt at step 9" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty has no model_.* to resume from"):
+        train(short_text, stopped_run, "--resume", str(tmp_path / "empty"))
 
 
 def test_other_data_is_refused(stopped_run, short_text, tmp_path):

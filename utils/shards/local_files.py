@@ -11,7 +11,8 @@ from utils.command_line import UserError
 from utils.files import sha256_of
 from utils.shards.documents import KINDS, TOKENS_PER_DOCUMENT, bytes_per_token, check_kind, is_text, kind_of
 from utils.shards.rows import open_parquet
-from utils.text_files import first_bytes, kind_of_bytes, read_errors, wrong_kind
+from utils.suggestions import similar_file
+from utils.text_files import first_bytes, kind_of_bytes, quoted, read_errors, wrong_kind
 
 PROBE_BYTES = 1 << 16  # at both ends of a file, for its fingerprint
 NAMES_SHOWN = 3  # of the files that are left out for one reason
@@ -88,6 +89,9 @@ def find_files(arguments: list[str], flag: str = "--input") -> tuple[list[Path],
         if not files:
             others = f" (left out: {describe_left_out(left_out)})" if left_out else ""
             hint = f"give files, globs or folders: {', '.join(KINDS)}{others}"
+            is_name = not os.path.exists(argument) and set("*?[").isdisjoint(argument)
+            if is_name and (close := similar_file(Path(argument))):
+                hint = f"did you mean {flag} {quoted(close)}?"
             raise UserError(f"{flag} {argument}: no such file", hint)
         for file in files:
             if found.setdefault(file.resolve(), file) is not file:

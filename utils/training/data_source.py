@@ -28,6 +28,7 @@ from utils.shards.format import find_shards
 from utils.shards.local_files import LocalFiles, describe_left_out, find_files
 from utils.shards.stream import ShardStream
 from utils.shards.token_files import holds_tokens, refuse_characters
+from utils.suggestions import similar_file
 from utils.text_files import decode_text, free_name, quoted, read_text
 from utils.tokenizer import (
     END_OF_TEXT,
@@ -92,6 +93,8 @@ def fetch(requested: str | None, dist: Distributed) -> Source:
         except OSError as error:
             warn(f"cannot download Tiny Shakespeare ({error}); put any text into {source.path}")
     dist.barrier()  # for every kind of source: another machine may have chosen another one
+    if requested and not source.path.exists() and (close := similar_file(source.path)):
+        raise UserError(f"cannot read {requested}: no such file", f"did you mean --data {quoted(close)}?")
     if source.kind != "download":
         return source
     # Every rank looks at the disk of its own machine; open_data compares what they found.

@@ -1,10 +1,13 @@
 """The flags of train_gpt.py: how they are declared, read and checked."""
 
+import copy
+import sys
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
@@ -12,6 +15,8 @@ from utils.command_line import ArgumentParser, UserError, positive_int
 from utils.console import warn
 from utils.distributed import Distributed
 from utils.files import sha256_of_code
+from utils.help_text import HelpFormatter
+from utils.suggestions import FORMER_FLAGS
 from utils.training.data_source import choose_source
 from utils.weights.checkpoint import newest_model_file
 
@@ -24,11 +29,11 @@ class Flags:
     """Declares a constant and its flag in one line.
 
     `MAX_LR = flag("--max-lr", 6e-4, positive_float, "peak")` sets MAX_LR, and the default of --max-lr.
+    `doc` is the docstring of the script, for --help.
     """
 
-    def __init__(self):
-        description = "Train a GPT-2. Defaults are those of the preset gpt2."
-        self.parser = ArgumentParser(prog="train_gpt.py", description=description)
+    def __init__(self, doc: str = ""):
+        self.parser = ArgumentParser(prog="train_gpt.py", doc=doc)
         self._groups: dict[str, Any] = {}
 
     def group(self, title: str) -> None:
@@ -65,16 +70,19 @@ def read_flags(
     each pair of device ("CUDA", "no CUDA") and data ("shards", "a text", "characters"). `recipes` holds what
     each recipe changes in each preset.
     """
-    defaults, given = flags.parser.parse_defaults_and_given(argv)
-    typed, reason = sorted(given), "--preset"
-    if "preset" not in given:
-        on_cuda = torch.cuda.is_available() and given.get("device", "auto").startswith(("auto", "cuda"))
-        has_shards = choose_source(given.get("data")).kind == "shards"
-        text = "characters" if given.get("tokenizer") == "char" else "a text"
-        chosen_by = ("CUDA" if on_cuda else "no CUDA", "shards" if has_shards else text)
-        given["preset"], reason = preset_for[chosen_by], ", ".join(chosen_by)
-    preset = presets[given["preset"]] | recipes[given.get("recipe", defaults["recipe"])][given["preset"]]
-    assert preset.keys() <= defaults.keys(), f"preset {given['preset']} sets a flag that does not exist"
+    argv = sys.argv[1:] if argv is None else argv
+    wants_help = not {"-h", "--help"}.isdisjoint(argv)
+    argv = [text for text in argv if text not in ("-h", "--help")]
+    defaults, given = flags.parser.parse_defaults_and_given(argv, unknown_too=wants_help)
+    typed = sorted(given)
+    name, reason = choose_preset(given, preset_for)
+    given["preset"], recipe = name, given.get("recipe", defaults["recipe"])
+    preset = presets[name] | recipes[recipe][name]
+    assert preset.keys() <= defaults.keys(), f"preset {name} sets a flag that does not exist"
+    if wants_help:
+        settings = {**preset, "preset": name, "recipe": recipe}
+        print_help(flags.parser, settings, f"Defaults: preset {name} ({reason}), recipe {recipe}.")
+    check_former_values(given)
     args = Namespace(**{**defaults, **preset, **given}, typed=typed)
     if args.eval_only:
         args.init_from = args.init_from or newest_model_file(args.log_dir)
@@ -88,6 +96,34 @@ def read_flags(
     if "min_lr" not in given:
         args.min_lr = min(args.min_lr, args.max_lr / 10)
     return args, reason
+
+
+def choose_preset(given: dict[str, Any], preset_for: dict[tuple[str, str], str]) -> tuple[str, str]:
+    """The preset that `given` flags, the device and the data decide, and the reason."""
+    if "preset" in given:
+        return given["preset"], "--preset"
+    on_cuda = torch.cuda.is_available() and given.get("device", "auto").startswith(("auto", "cuda"))
+    has_shards = choose_source(given.get("data")).kind == "shards"
+    text = "characters" if given.get("tokenizer") == "char" else "a text"
+    chosen_by = ("CUDA" if on_cuda else "no CUDA", "shards" if has_shards else text)
+    return preset_for[chosen_by], ", ".join(chosen_by)
+
+
+def print_help(parser: ArgumentParser, defaults: dict[str, Any], note: str) -> NoReturn:
+    """Prints --help with other defaults and a line about them, and exits."""
+    shown = copy.copy(parser)
+    shown.formatter_class = partial(HelpFormatter, defaults=defaults)
+    shown.description = f"{parser.description}\n{note}"
+    shown.print_help()
+    raise SystemExit(0)
+
+
+def check_former_values(given: dict[str, Any]) -> None:
+    """Raises UserError for values that mean something to nanoGPT only, such as `--init-from resume`."""
+    for name, value in given.items():
+        former = FORMER_FLAGS.get(f"{name}={value}")
+        if former and not Path(value).exists():
+            raise UserError(f"{flag_of(name)} {value} names no model", f"did you mean {former[0]}?")
 
 
 def settings_of(args: Namespace) -> dict[str, Any]:
@@ -165,10 +201,18 @@ def accumulation_steps(total_batch_tokens: int, micro_batch: int, seq_len: int, 
         nearest = ", ".join(str(n * tokens_at_once) for n in (steps, steps + 1) if n > 0)
         windows, rest = divmod(total_batch_tokens, seq_len * world_size)
         fitting = f" (or --micro-batch {windows})" if steps == 0 and windows and not rest else ""
-        what = f"TOTAL_BATCH_TOKENS={total_batch_tokens} is not a multiple of B*T*world_size = "
-        what += f"{micro_batch}*{seq_len}*{world_size} = {tokens_at_once}; nearest: {nearest}{fitting}"
+        what = f"--total-batch-tokens {total_batch_tokens} is not a multiple of --micro-batch * --seq-len * "
+        what += f"ranks = {micro_batch}*{seq_len}*{world_size} = {tokens_at_once}; "
+        what += f"nearest: {nearest}{fitting}"
         raise UserError(what, "change --total-batch-tokens, --micro-batch or --seq-len")
     return steps
+
+
+def fitting_micro_batch(args: Namespace, micro_batch: int, world_size: int) -> int:
+    """The largest micro-batch up to this one that divides the batch over all ranks; this one if none does."""
+    windows, rest = divmod(args.total_batch_tokens, args.seq_len * world_size)
+    sizes = range(min(micro_batch, windows), 0, -1) if not rest else ()
+    return next((size for size in sizes if windows % size == 0), micro_batch)
 
 
 def check_training_settings(args: Namespace, world_size: int) -> None:

@@ -105,10 +105,12 @@ def check_not_moved(log_dir: Path, init_from: str) -> None:
         open(log_dir / LOGS[1], "rb") as file,
     ):
         settings = dict(json.loads(file.readline())["settings"])
-    if settings.get("init_from") == init_from and path.resolve().parent == log_dir.resolve():
-        archived = sorted(log_dir.glob(f"archive/*/{path.name}"), key=lambda found: found.stat().st_mtime)
+    is_folder = path.resolve() == log_dir.resolve()
+    if settings.get("init_from") == init_from and (is_folder or path.resolve().parent == log_dir.resolve()):
+        name = "" if is_folder else f"/{path.name}"
+        archived = sorted(log_dir.glob(f"archive/*{name}"), key=lambda found: found.stat().st_mtime)
         where = f"--init-from {quoted(archived[0])}" if archived else "name another checkpoint"
-        what = f"{path} is not the file that this fine-tuning started from: that one was moved to the archive"
+        what = f"{path} is not what this fine-tuning started from: that was moved to the archive"
         raise UserError(what, f"{where}, or continue with --resume")
 
 

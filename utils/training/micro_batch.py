@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from utils.command_line import UserError, is_out_of_memory
 from utils.distributed import Distributed
 from utils.runtime import Decision, autocast, choose_compile
+from utils.training.flags import fitting_micro_batch
 
 if TYPE_CHECKING:
     from gpt_model import GPT
@@ -99,6 +100,7 @@ def choose_micro_batch(
     args: Namespace, model: "GPT", dist: Distributed, dtype: torch.dtype, default: int
 ) -> Decision:
     """The largest B that fits on every rank, or `default` where a search does not pay; keeps the weights."""
+    default = fitting_micro_batch(args, default, dist.world_size)
     if model.lm_head.weight.device.type != "cuda":
         return Decision(default, "auto: the preset's, because a search pays on CUDA only")
     rows, rest = divmod(args.total_batch_tokens, args.seq_len * dist.world_size)

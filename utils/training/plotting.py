@@ -1,8 +1,15 @@
 """Several runs in one picture: `python -m utils.training.plotting log other_run/log --out compare.png`."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # where utils is, also if started by its path
+    from utils.console import begin_script
+
+    begin_script()
+
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from utils.command_line import ArgumentParser, UserError, run_script

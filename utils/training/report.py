@@ -1,8 +1,15 @@
 """The report about a finished run, log/report.md: `python -m utils.training.report log` writes it again."""
 
-import re
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # where utils is, also if started by its path
+    from utils.console import begin_script
+
+    begin_script()
+
+import re
 from typing import Any
 
 from utils.command_line import ArgumentParser, UserError, format_duration, perplexity, run_script

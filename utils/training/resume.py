@@ -19,7 +19,7 @@ from utils.files import free_bytes
 from utils.runtime import device_name
 from utils.text_files import quoted
 from utils.training.data_source import Data
-from utils.training.flags import settings_of
+from utils.training.flags import flag_of, settings_of
 from utils.training.log_directory import archive_run, check_not_moved, cut_logs_back, log_sizes
 from utils.training.optimizers import num_moments
 from utils.training.run_log import RunLog
@@ -188,6 +188,11 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
     def read() -> Checkpoint | None:
         if args.resume == "newest":
             found[0] = newest_complete(args.log_dir)
+        elif args.resume is not None and Path(args.resume).is_dir():
+            found[0] = newest_complete(Path(args.resume))
+            if found[0] is None:
+                hint = "name the log directory of a run; --resume alone continues that in --log-dir"
+                raise UserError(f"{args.resume} has no model_*.pt to resume from", hint)
         elif args.resume is not None and Path(args.resume).name == best_path(args.log_dir).name:
             hint = f"--resume alone continues from the newest checkpoint; --init-from {quoted(args.resume)}"
             raise UserError(
@@ -273,7 +278,9 @@ def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
         problems.append(f"was made on other data ({_data_changes(saved['data'], identity.data)})")
     if problems:
         what = f"checkpoint {checkpoint.path} {'; '.join(problems)}"
-        raise UserError(what, "use the same settings, or start a new run in another --log-dir")
+        steps = "; ".join(how_to_continue(identity, checkpoint, changed))
+        new = "leave out --resume, which moves its files to archive/, or give another --log-dir"
+        raise UserError(what, f"to continue it, {steps}; for a new run, {new}")
     warnings = []
     if changed:
         changes = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
@@ -286,6 +293,30 @@ def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:
         masks = " and dropout masks" if identity.settings.get("dropout") else ""
         warnings.append(f"{changes}: continuing, results equal to rounding{masks} only")
     return warnings
+
+
+def how_to_continue(
+    identity: Identity, checkpoint: Checkpoint, changed: dict[str, tuple[Any, Any]]
+) -> list[str]:
+    """What to change on the command line, so that this run is the one of a checkpoint."""
+    settings, sizes = checkpoint.state["train_args"], checkpoint.model["config"]
+    names = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "seq_len"}
+    needed = {
+        flag: sizes.get(key) for key, flag in names.items() if sizes.get(key) != identity.config.get(key)
+    }
+    needed |= {key: changed[key][0] for key in REFUSED if key in changed}
+    if checkpoint.state["tokenizer"] != identity.tokenizer:
+        needed["tokenizer"] = settings.get("tokenizer")
+    if other_data := checkpoint.state["data"] != identity.data:
+        needed["data"] = settings.get("data")
+    differ = {key: value for key, value in needed.items() if value != identity.settings.get(key, value)}
+    flags = [f"{flag_of(key)} {quoted(str(value))}" for key, value in differ.items() if value is not None]
+    steps = [f"add {' '.join(flags)}"] if flags else []
+    if differ.get("data", "") is None:
+        steps.append("leave out --data")
+    if not steps or (other_data and "data" not in differ):
+        steps.append("restore its data and tokenizer as they were")
+    return steps
 
 
 def _data_changes(before: list[dict], now: list[dict]) -> str:

@@ -25,6 +25,8 @@ from utils.command_line import UserError, shown
 from utils.console import warn
 from utils.files import destination, sync_folder, whole_file
 from utils.runtime import check_torch_version
+from utils.suggestions import similar_file
+from utils.text_files import quoted
 from utils.weights.file_kinds import WHAT_TO_GIVE, is_zip, refuse
 from utils.weights.foreign_checkpoints import conversion_command, convert, is_foreign
 from utils.weights.schema import (
@@ -259,11 +261,36 @@ def load_model_file(path: str | Path) -> dict[str, Any]:
         what = f"{path} has format version {shown(content.get('version'))} (expected {VERSION})"
         raise UserError(what, "use the version of this project that wrote it")
     if "model" not in content and content.keys() & OPTIMIZERS.keys():
-        what = f"{path} is an optimizer file, not a checkpoint's model file"
-        raise UserError(what, "give the model_*.pt beside it")
+        raise optimizer_file(path)
     saved = checked(content, MODEL_FILE, path)
     check_sizes(saved["config"], path)
     return saved
+
+
+def optimizer_file(path: Path) -> UserError:
+    """The error for an optimizer file that is given as a model; the hint names the model file beside it."""
+    model = path.with_name(path.name.replace("optimizer_", "model_", 1))
+    is_there = model != path and model.exists()
+    hint = f"give the model file beside it: {quoted(model)}" if is_there else "give a model_*.pt"
+    return UserError(f"{path} is an optimizer file, not a checkpoint's model file", hint)
+
+
+def missing_file(path: Path) -> UserError:
+    """The error for a missing checkpoint; the hint names one of the same step or a similar name."""
+    models = model_files(path.parent)
+    close = next((model for model in models if step_of(model) == step_of(path)), None)
+    if close is None and step_of(path) < 0:  # another step is no typing error
+        close = similar_model(path)
+    hint = "python train_gpt.py writes log/model_*.pt"
+    if close or models:
+        hint = f"did you mean {quoted(close)}?" if close else f"the newest there is {quoted(models[-1])}"
+    return UserError(f"no checkpoint at {path}", hint)
+
+
+def similar_model(path: Path) -> Path | None:
+    """A .pt file or a folder that is written like a path that does not exist, or None."""
+    close = similar_file(path)
+    return close if close and (close.suffix == ".pt" or close.is_dir()) else None
 
 
 def _is_ours(content: Any) -> bool:
@@ -280,8 +307,7 @@ def load_checked(path: Path) -> Any:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a checkpoint", WHAT_TO_GIVE)
     if not path.is_file():
-        hint = "python train_gpt.py writes log/model_*.pt; ls log/ lists them"
-        raise UserError(f"no checkpoint at {path}", hint)
+        raise missing_file(path)
     _check_is_intact(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,19 +1,26 @@
 """Exports a checkpoint as a folder that Hugging Face transformers, and everything built on it, can read.
 
-python -m utils.weights.export log/model_19073.pt out/
+    python -m utils.weights.export log/model_19073.pt out/
 
 writes config.json, model.safetensors and tokenizer files; `AutoModelForCausalLM.from_pretrained("out/")` then
 computes the same logits, which is verified before the folder gets its name. GPT.from_pretrained("out/") reads
 it back, bit for bit.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])  # where utils is, also if started by its path
+    from utils.console import begin_script
+
+    begin_script()
+
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,9 +172,9 @@ def export(model: "GPT", folder: Path, say: Callable[[str], None] = print) -> fl
 def main(argv: list[str] | None = None) -> int:
     from gpt_model import GPT
 
-    description = "Export a checkpoint for Hugging Face transformers."
-    parser = ArgumentParser(prog="-m utils.weights.export", description=description)
-    parser.add_argument("checkpoint", help="log/model_*.pt, or any model that generate.py -m accepts")
+    parser = ArgumentParser(prog="-m utils.weights.export", doc=__doc__, usage="%(prog)s MODEL DIR")
+    model_help = "log/model_*.pt, or any model that generate.py -m accepts"
+    parser.add_argument("checkpoint", metavar="MODEL", help=model_help)
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the model")
     args = parser.parse_args(argv)
     export(GPT.load(args.checkpoint), args.folder.resolve())

@@ -82,9 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return content
     except FileNotFoundError as error:
         what = f"{path.parent} is a folder without {path.name}, so not one of transformers"
-        checkpoints = sorted(path.parent.glob("model_*.pt"))
-        hint = f"name a checkpoint in it: {checkpoints[-1]}" if checkpoints else WHAT_TO_GIVE
-        raise UserError(what, hint) from error
+        raise UserError(what, WHAT_TO_GIVE) from error
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         what = f"{path} cannot be read as an object of JSON: {reason}"
