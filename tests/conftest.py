@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.server
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -48,6 +53,23 @@ def run(
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+def run_in_terminal(*arguments: str | Path | int, columns: int = 80, **environment: str) -> tuple[int, str]:
+    """Runs `python ARGUMENTS` without a network in a terminal; returns exit code and what it shows."""
+    terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    streams = dict(stdin=subprocess.DEVNULL, stdout=side, stderr=side)
+    variables = {**os.environ, **OFFLINE, "TERM": "xterm", **environment}
+    variables.pop("COLUMNS", None)
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=variables, **streams)
+    os.close(side)
+    output = b""
+    with suppress(OSError):  # EIO: the process has ended
+        while data := os.read(terminal, 1 << 16):
+            output += data
+    os.close(terminal)
+    return process.wait(timeout=60), output.decode().replace("\r\n", "\n")
 
 
 def tiny_config(**changes: int) -> GPTConfig:

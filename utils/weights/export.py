@@ -7,6 +7,11 @@ computes the same logits, which is verified before the folder gets its name. GPT
 it back, bit for bit.
 """
 
+from utils.console import announced, begin_script
+
+if __name__ == "__main__":
+    begin_script()
+
 import json
 import os
 import shutil
@@ -93,6 +98,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> str:
     return "vocab.json, merges.txt: GPT-2's tokenizer, for AutoTokenizer"
 
 
+@announced("writing the weights")
 def write_model(folder: Path, model: "GPT", tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     """Writes all files and returns lines that describe them."""
     from safetensors.torch import save_file  # a dependency of transformers
@@ -111,6 +117,7 @@ def write_model(folder: Path, model: "GPT", tokenizer: Tokenizer, vocab_size: in
     ]
 
 
+@announced("comparing the logits with those of transformers")
 @torch.no_grad()
 def largest_difference(model: "GPT", folder: Path, vocab_size: int) -> float:
     """The largest difference between our logits and those of transformers, on random tokens.
@@ -170,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="log/model_*.pt, or any model that generate.py -m accepts")
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the model")
     args = parser.parse_args(argv)
-    export(GPT.load(args.checkpoint), args.folder.resolve())
+    with announced(f"loading {args.checkpoint}"):
+        model = GPT.load(args.checkpoint)
+    export(model, args.folder.resolve())
     print(f'in {args.folder}: AutoModelForCausalLM.from_pretrained("{args.folder}") loads it')
     return 0
 
