@@ -148,7 +148,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         try:
             descriptor = _open_lock_file(path)
             stack.callback(os.close, descriptor)
-            with announced(f"waiting for another process to release {path}"):
+            with announced(f"waiting for another process to release {path}", shown=wait):
                 _lock(descriptor, wait=wait)
         except BlockingIOError:
             raise
