@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
-from utils.console import say, warn
+from utils.console import announced, say, warn
 from utils.files import check_writable, locked, remove_temporary_files
 from utils.shards.documents import (
     TEXT_FIELD,
@@ -180,8 +180,9 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer
     with TokenizerPool(args.num_workers, backend_of(encode_in_batches, tokenizer, args.output_dir)) as pool:
         # While the processes start: the fast backend must produce tiktoken's own tokens for this input.
         first = min([*missing, len(manifest.shards)])
-        sample = read_sample(source, args.text_field, args.bad_rows, manifest.start_of(first)[0])
-        method, how = choose_method(sample, tokenizer)
+        with announced("reading the first documents"):
+            sample = read_sample(source, args.text_field, args.bad_rows, manifest.start_of(first)[0])
+            method, how = choose_method(sample, tokenizer)
         backend = backend_of(method, tokenizer, args.output_dir)
         say(f"encoding {how}")
 
@@ -271,7 +272,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def open_source(args: Namespace, manifest: Manifest | None) -> DocumentSource:
     """The files of `--input`, or those on the hub, at the revision recorded by an earlier start."""
     if args.input:
-        paths, left_out = find_files(args.input)
+        with announced("looking for the input files"):
+            paths, left_out = find_files(args.input)
         if left_out:
             say(f"left out of --input: {describe_left_out(left_out)}")
         return LocalFiles(paths)

@@ -86,7 +86,8 @@ def test_every_long_part_of_the_other_scripts_is_announced(
     shards = str(tmp_path / "shards")
     build = ["--input", str(documents), "--output-dir", shards, "--tokenizer", "bpe:300"]
     assert build_fineweb_edu_shards.main(build) == 0
-    parts = ["estimating the size of the input", "looking at the input files", "checksums of the input"]
+    parts = ["looking for the input files", "estimating the size of the input", "looking at the input files"]
+    parts += ["checksums of the input", "reading the first documents"]
     assert announcements(capsys) == parts
     assert build_fineweb_edu_shards.main(["--verify", "--inputs", "--output-dir", shards]) == 0
     names = [path.name for path in sorted(Path(shards).glob("*.npy"), key=lambda path: path.name[-10:])]

@@ -143,7 +143,9 @@ class Distributed:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # As views of the buckets that are exchanged, gradients exist once.
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        options = dict(device_ids=device_ids, gradient_as_bucket_view=True)
+        with announced("sending the weights to all processes", shown=self.is_master):
+            return nn.parallel.DistributedDataParallel(model, **options)
 
     def exchange_gradients(self, model: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
         """Context for forward *and* backward of a micro-step: gradients are exchanged only if `now`."""

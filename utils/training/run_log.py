@@ -89,7 +89,10 @@ class RunLog:
         requested = {"TensorBoard": tensorboard and open_tensorboard, "wandb": wandb and open_wandb}
         for name, start in requested.items():
             if start and self.is_master:
-                mirror = self._try(f"{name} failed", start, self.log_dir, record["settings"], record["step"])
+                with announced(f"starting {name}"):
+                    mirror = self._try(
+                        f"{name} failed", start, self.log_dir, record["settings"], record["step"]
+                    )
                 self.mirrors += [mirror] if mirror else []
         self.add_record("run", **record)
 
