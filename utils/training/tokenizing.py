@@ -124,12 +124,14 @@ def encode_texts(
     """
 
     def encode(texts: Iterable[str]) -> list[np.ndarray]:
-        total = sum(map(len, texts)) if isinstance(texts, list) else None  # else they are still to be read
+        in_steps = are_documents or tokenizer.ranks is not None
+        is_read = isinstance(texts, list)  # else its length is not known yet
+        total = sum(map(len, texts)) if in_steps and is_read else None
         with announced("tokenizing", total, " characters", shown=dist.is_master) as advance:
             if are_documents:
                 return [encode_one_by_one(_counted(texts, advance), tokenizer)]
             # A text in pieces, for the progress bar, where that is known to give the same ids.
-            pieces = chain.from_iterable(map(pieces_of, texts)) if tokenizer.ranks else texts
+            pieces = chain.from_iterable(map(pieces_of, texts)) if in_steps else texts
             return [*map(tokenizer.encode, _counted(pieces, advance))]
 
     if "json" not in state and "vocab_size" not in state:
@@ -145,5 +147,6 @@ def encode_texts(
     tokenizer = tokenizer_from_state(state)
     parts = encode(train)
     border = sum(map(len, parts))
-    rest = tokenizer.encode(val[0])  # of a text that begins in train
+    with announced("tokenizing", shown=dist.is_master):
+        rest = tokenizer.encode(val[0])  # of a text that begins in train
     return tokenizer, np.concatenate([*parts, rest, *encode(val[1:])]), border
