@@ -265,7 +265,7 @@ def test_long_work_has_a_bar_on_a_terminal():
     """With what was done before it appeared; it vanishes when the work ends, and breaks no line."""
     code, shown = run_in_terminal("-c", BAR)
     assert code == 0
-    assert "counting:  38%" in shown and "3.00/8.00" in shown and "6.00/8.00" in shown
+    assert "counting:  38%" in shown and "3/8 sheep" in shown and "6/8 sheep" in shown
     lines = [line.split("\r")[-1] for line in shown.split("\n")]
     assert [line for line in lines if line.strip()] == ["a line", "the end"]
 

@@ -233,8 +233,9 @@ def announced(
             if total and sys.stderr.isatty() and find_spec("tqdm"):
                 from tqdm import tqdm
 
-                shape = dict(total=total, initial=done, unit=unit, unit_scale=True)
-                bar = tqdm(desc=activity, leave=False, dynamic_ncols=True, **shape)
+                form = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left"
+                numbers = dict(total=total, initial=done, unit=unit, unit_scale=total > 9999)
+                bar = tqdm(desc=activity, leave=False, dynamic_ncols=True, bar_format=form, **numbers)
             else:
                 say(f"{activity} ...", stream="stderr")
 
