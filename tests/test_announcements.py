@@ -14,7 +14,7 @@ import eval_hellaswag
 import generate
 import train_gpt
 from tests.conftest import ROOT
-from tests.small_runs import small_args, train
+from tests.small_runs import small_args
 from utils import tokenizer
 from utils.distributed import Distributed
 from utils.tokenizer import GPT2Tokenizer
@@ -114,9 +114,3 @@ def test_a_text_is_tokenized_in_pieces_with_the_ids_of_the_whole(text_file, monk
     tokens = [*data.train.tokens, *data.val.tokens]
     monkeypatch.undo()
     assert tokens == GPT2Tokenizer().encode(text_file.read_text()).tolist()
-
-
-def test_short_runs_announce_nothing(short_text, tmp_path, capsys):
-    """Else the tests above would prove nothing."""
-    assert train(short_text, tmp_path) == 0
-    assert announcements(capsys) == []

@@ -281,5 +281,6 @@ def test_slow_imports_are_announced_on_a_terminal():
     """Not imports that are fast, nor what follows them; and a file gets no such line."""
     assert run_in_terminal("-c", IMPORTS.format(0.6, 0)) == (0, "starting script.py ...\n")
     assert run_in_terminal("-c", IMPORTS.format(0, 0.6)) == (0, "")
-    process = run("-c", IMPORTS.format(0.6, 0))
-    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+    command = [sys.executable, "-c", IMPORTS.format(0.6, 0)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
