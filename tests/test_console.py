@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -249,6 +250,16 @@ def test_short_work_is_not_announced(monkeypatch, capsys):
         with announced("counting"):
             pass
     time.sleep(0.4)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_timer_that_is_too_late_says_nothing(monkeypatch, capsys):
+    """It may be over while the work ends, too late to be cancelled."""
+    timers = []
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: timers.append(timer))
+    with announced("counting"):
+        pass
+    timers[0].function()
     assert capsys.readouterr() == ("", "")
 
 
