@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
-from utils.console import printable, warn
+from utils.console import announced, say, warn
 from utils.files import check_writable, locked, remove_temporary_files
 from utils.shards.documents import (
     TEXT_FIELD,
@@ -158,7 +158,7 @@ def rebuild(manifest: Manifest, index: int, queue: TokenQueue) -> None:
     """Builds a recorded shard again that is missing or damaged. Raises UserError if its bytes differ."""
     record = manifest.shards[index]
     path = manifest.folder / record["name"]
-    print(f"{path.name} is missing or damaged: building it again")
+    say(f"{path.name} is missing or damaged: building it again")
     count = min(record["tokens"], queue.fill(record["tokens"]))
     sha256 = write_shard(path, queue.take(count), count)
     if sha256 != record["sha256"]:
@@ -180,10 +180,11 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer
     with TokenizerPool(args.num_workers, backend_of(encode_in_batches, tokenizer, args.output_dir)) as pool:
         # While the processes start: the fast backend must produce tiktoken's own tokens for this input.
         first = min([*missing, len(manifest.shards)])
-        sample = read_sample(source, args.text_field, args.bad_rows, manifest.start_of(first)[0])
-        method, how = choose_method(sample, tokenizer)
+        with announced("reading the first documents"):
+            sample = read_sample(source, args.text_field, args.bad_rows, manifest.start_of(first)[0])
+            method, how = choose_method(sample, tokenizer)
         backend = backend_of(method, tokenizer, args.output_dir)
-        print(f"encoding {how}")
+        say(f"encoding {how}")
 
         def queue_from(index: int, on_tokens: Callable[[int], object] = lambda count: None) -> TokenQueue:
             position, documents, skipped_rows = manifest.start_of(index)
@@ -225,16 +226,16 @@ def print_plan(args: Namespace, source: DocumentSource, manifest: Manifest, toke
     minutes = remaining / rate / args.num_workers / 60
     token_bytes, free = token_dtype(tokenizer.vocab_size).itemsize, shutil.disk_usage(args.output_dir).free
     needed = token_bytes * remaining
-    print(
+    say(
         f"{args.output_dir}: about {tokens:,} tokens of {documents:,} documents in {len(source)} files; "
         f"{needed / 1e9:,.2f} GB to write, {free / 1e9:,.1f} GB free; "
         f"about {minutes:,.1f} minutes with {args.num_workers} processes"
     )
     if isinstance(source, HubFiles):
         name = " ".join(source.description[key] for key in ("dataset", "subset", "revision"))
-        print(f"hub: {name}: {source.num_bytes / 1e9:,.1f} GB to download, except what the hub's cache has")
+        say(f"hub: {name}: {source.num_bytes / 1e9:,.1f} GB to download, except what the hub's cache has")
     if manifest.shards:
-        print(f"continuing after {len(manifest.shards)} finished shards ({manifest.num_tokens:,} tokens)")
+        say(f"continuing after {len(manifest.shards)} finished shards ({manifest.num_tokens:,} tokens)")
     if needed > free:
         warn(f"{needed / 1e9:,.1f} GB needed, {free / 1e9:,.1f} GB free")
     return tokens
@@ -271,9 +272,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 def open_source(args: Namespace, manifest: Manifest | None) -> DocumentSource:
     """The files of `--input`, or those on the hub, at the revision recorded by an earlier start."""
     if args.input:
-        paths, left_out = find_files(args.input)
+        with announced("looking for the input files"):
+            paths, left_out = find_files(args.input)
         if left_out:
-            print(printable(f"left out of --input: {describe_left_out(left_out)}"))
+            say(f"left out of --input: {describe_left_out(left_out)}")
         return LocalFiles(paths)
     recorded = manifest.settings["source"] if manifest else {}
     if recorded.get("kind") == "files" and manifest.shards:
@@ -331,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
         manifest.check_folder(next_allowed=not done)
         for pattern in ("edufineweb_*.npy", FILE_NAME, "tokenizer*.json", "probe*"):
             for name in remove_temporary_files(args.output_dir, pattern):
-                print(f"removed {name}, left unfinished by an earlier build")
+                say(f"removed {name}, left unfinished by an earlier build")
         done = done and not manifest.missing()
         if not done:
             check_inputs(manifest, source)
@@ -340,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
             build(args, source, manifest, tokenizer_from_state(tokenizer))
     documents = manifest.shards[-1]["documents"]
     skipped = f"; {manifest.skipped_rows:,} rows without text skipped" if args.bad_rows == "skip" else ""
-    print(
+    say(
         f"{'nothing to do' if done else 'done'}: {len(manifest.shards)} shards in {args.output_dir}, "
         f"{manifest.num_tokens:,} tokens of {documents:,} documents{skipped}"
     )

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gpt_model import GPT, PRETRAINED_CONFIGS
 from utils.command_line import ArgumentParser, UserError, path_text, positive_int, run_script
-from utils.console import warn
+from utils.console import announced, say, warn
 from utils.cpu_matmul import linear
 from utils.distributed import Distributed, environment_local_rank
 from utils.hellaswag.dataset import NUM_ENDINGS, choose_directory, find_or_download, read_rows
@@ -282,7 +282,8 @@ def examples_for_training(
             raise UserError("its text needs GPT-2's BPE, not a character tokenizer", "use --tokenizer gpt2")
         # Rank 0 alone looks for the file and sends its rows, so ranks cannot disagree about the examples.
         rows = dist.on_master(lambda: list(iter_examples("val", directory))[:limit])
-        return [make_example(row, index, tokenizer, block_size) for index, row in enumerate(rows)]
+        with announced("tokenizing HellaSwag", shown=dist.is_master):
+            return [make_example(row, index, tokenizer, block_size) for index, row in enumerate(rows)]
     except UserError as error:
         if dist.is_master:
             warn(f"HellaSwag is off: {error}")
@@ -302,11 +303,13 @@ def evaluate_hellaswag(
     """
     counts = np.zeros(3)
     own = examples[dist.rank :: dist.world_size]
-    for batch, loss_sum in score_examples(model, own, dtype, batch_tokens, dist):
-        for example, losses in zip(batch, loss_sum):
-            is_correct_norm = (losses / example.divisors).argmin() == example.label
-            counts += is_correct_norm, losses.argmin() == example.label, 1
-        poll()
+    with announced("HellaSwag", len(own), " examples", shown=dist.is_master) as advance:
+        for batch, loss_sum in score_examples(model, own, dtype, batch_tokens, dist):
+            for example, losses in zip(batch, loss_sum):
+                is_correct_norm = (losses / example.divisors).argmin() == example.label
+                counts += is_correct_norm, losses.argmin() == example.label, 1
+            advance(len(batch))
+            poll()
     return HellaSwagResult(*map(int, dist.sum_numbers(*counts)))
 
 
@@ -340,7 +343,8 @@ def score_style(
 
     records, num_correct, accuracy = [], 0, ""
     dist = Distributed(model.lm_head.weight.device)
-    with tqdm(total=len(examples), unit=" examples", disable=None) as bar:  # None: only on a terminal
+    bar = tqdm(total=len(examples), unit=" examples", disable=None)  # None: only on a terminal
+    with bar, announced(f"scoring {len(examples):,} examples", shown=bar.disable):
         for batch, loss_sum in score_examples(model, examples, dtype, batch_tokens, dist):
             if not np.isfinite(loss_sum).all():  # argmin would pick 0, and be right by chance in 1 of 4
                 raise UserError("the model's losses are not finite", "use --dtype float32, or other weights")
@@ -390,13 +394,15 @@ def main(argv: list[str] | None = None) -> int:
     rows = read_rows(path, args.split, for_harness="lm-eval" in styles)[: args.limit]
     device = choose_device(args.device).value
     dtype, reason = choose_dtype(args.dtype, device)
-    model = GPT.load(source, device)
+    with announced(f"loading {source}"):
+        model = GPT.load(source, device)
     choose_matmul(model)
     tokenizer = tokenizer_for(source, model.tokenizer_state, model.config.vocab_size)
     block_size = model.config.block_size
     records = {}
     for style in styles:
-        examples = [make_example(row, i, tokenizer, block_size, style) for i, row in enumerate(rows)]
+        with announced("tokenizing HellaSwag"):
+            examples = [make_example(row, i, tokenizer, block_size, style) for i, row in enumerate(rows)]
         if num_shortened := sum(example.num_shortened for example in examples):
             print(f"{num_shortened} rows keep their last {block_size} tokens, the block size")
         started = time.perf_counter()
@@ -404,7 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.perf_counter() - started
         if args.split != "test":
             print(summary(style, records[style], str(source)))
-        print(
+        say(
             f"  {len(rows) / seconds:,.1f} examples/s on {device} in {str(dtype)[6:]} ({reason}), "
             f"peak memory {peak_memory_bytes(device) / 1e9:.2f} GB"
         )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gpt_model import GPT
 from utils.command_line import ArgumentParser, UserError, path_text, run_script
-from utils.console import no_second_interrupt, warn
+from utils.console import announced, no_second_interrupt, warn
 from utils.decoding import check_sampling
 from utils.distributed import environment_local_rank
 from utils.runtime import DTYPES, choose_device, choose_dtype, choose_matmul, eval_mode
@@ -184,7 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         what = f"no checkpoint in {ROOT / 'log'} or {ROOT / 'runs'}"
         raise UserError(what, "run train_gpt.py first, or name a model: -m gpt2")
     # Converted once instead of autocast: half the bytes to read for each token, and no casts of activations.
-    model = GPT.load(source, device).to(dtype)
+    with announced(f"loading {source}"):
+        model = GPT.load(source, device).to(dtype)
     choose_matmul(model)
     tokenizer = tokenizer_from_state(model.tokenizer_state)
     check_vocab_size(tokenizer, model.config.vocab_size)
@@ -194,7 +195,9 @@ def main(argv: list[str] | None = None) -> int:
             with no_second_interrupt():
                 interact(model, tokenizer, *sampling)
             return 0
-        texts = sample_texts(model, tokenizer, read_prompt(args.prompt), args.num_samples, *sampling)
+        prompt = read_prompt(args.prompt)
+        with announced("sampling"):
+            texts = sample_texts(model, tokenizer, prompt, args.num_samples, *sampling)
     except FloatingPointError as error:
         hint = "the weights are broken: use an earlier checkpoint; or float16 overflowed: use --dtype float32"
         raise UserError(f"{source}: {error}", hint) from error

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from utils.command_line import UserError
+from utils.console import say
 from utils.decoding import StaticDecoder, check_sampling, graph_pays
 from utils.fused_loss import fused_cross_entropy
 from utils.tokenizer import GPT2_VOCAB_SIZE
@@ -247,7 +248,7 @@ class GPT(nn.Module):
         fused = device_type in ("cuda", "cpu", "mps")
         if is_master_process:
             counts = [f"{sum(p.numel() for p in params):,}" for params in (decayed, others)]
-            print(
+            say(
                 f"optimizer: AdamW{' (fused)' if fused else ''}, weight decay {weight_decay:g} on "
                 f"{len(decayed)} tensors ({counts[0]} parameters), none on {len(others)} ({counts[1]})"
             )

@@ -44,6 +44,7 @@ from utils.command_line import (
     positive_int,
     run_script,
 )
+from utils.console import announced
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
 from utils.tokenizer_json import tokenizer_name
@@ -142,6 +143,7 @@ flag("--stride", None, positive_int, "with --eval-part: tokens scored per window
 flag.group("running")
 LOG_DIR = flag("--log-dir", Path(__file__).resolve().parent / "log", Path, "folder of logs and checkpoints")
 flag("--resume", None, path_text, "continue from the newest checkpoint, or this", nargs="?", const="newest")
+LOG_EVERY = flag("--log-every", None, positive_int, "steps between console lines; default: 100 to 250 a run")
 CHECKPOINT_EVERY = flag("--checkpoint-every", 1000, non_negative_int, "steps between saves; 0: the last only")
 KEEP_CHECKPOINTS = flag("--keep-checkpoints", 2, positive_int, "newest checkpoints to keep for resuming")
 KEEP_EVERY = flag("--keep-every", 5000, non_negative_int, "also keep models of every N-th step; 0: last only")
@@ -245,14 +247,16 @@ def learning_rate_for(
 @torch.no_grad()
 def evaluate(
     model: GPT, batches: Iterable[tuple[Tensor, Tensor] | None], dist: Distributed, dtype: torch.dtype,
-    poll: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: None, num_windows: int | None = None,
 ) -> float:  # fmt: skip
     """Mean loss in nats on the batches of all ranks; equal for any number of ranks and any micro-batch.
 
     `poll` is called before every batch, equally often on all ranks; its exceptions end the evaluation.
+    `num_windows`, of all ranks, is for a progress bar.
     """
     loss_sum, count = 0.0, 0
-    with runtime.eval_mode(model):
+    bar = announced("evaluating", num_windows, " windows", shown=dist.is_master)
+    with runtime.eval_mode(model), bar as advance:
         for batch in batches:
             poll()  # may raise Stopped: an evaluation takes minutes, a batch system waits for seconds
             if batch is not None:  # None: only other ranks have a batch left in this round
@@ -262,6 +266,7 @@ def evaluate(
                 scored = int((batch[1] >= 0).sum())
                 loss_sum += loss.item() * scored
                 count += scored
+                advance(len(batch[0]) * dist.world_size)
     # Sums and counts are reduced, not means: ranks may have evaluated different numbers of tokens.
     loss_sum, count = dist.sum_numbers(loss_sum, count)
     return loss_sum / count
@@ -338,7 +343,7 @@ def write_samples(run: Run, log: RunLog) -> None:
         return
     model, tokenizer, prompt = run.state.model, run.data.tokenizer, run.args.sample_prompt
     try:
-        with runtime.autocast(run.dist.device, run.dtype):
+        with runtime.autocast(run.dist.device, run.dtype), announced("sampling"):
             # A fixed seed of a generator of its own: sampling changes no other random number of the run.
             texts = sample_texts(model, tokenizer, prompt, NUM_SAMPLES, SAMPLE_TOKENS, seed=42, top_k=50)
         log.log_samples(run.state.progress.step, texts)
@@ -365,7 +370,9 @@ def train(run: Run, log: RunLog) -> None:
         # Evaluations use the raw module, which shares the weights: no recompilation, no DDP hooks. `done`
         # goes into the checkpoint, so a run that is stopped in between repeats none and omits none.
         if progress.is_due("val", args.val_every, last=last):
-            loss = evaluate(state.model, run.val_loader.val_batches(args.val_tokens), dist, run.dtype, poll)
+            batches_of_val = run.val_loader.val_batches(args.val_tokens)
+            num_windows = run.val_loader.num_val_windows(args.val_tokens)
+            loss = evaluate(state.model, batches_of_val, dist, run.dtype, poll, num_windows)
             stop_on_non_finite_val_loss(loss, progress.step, state.newest_checkpoint)  # before it is logged
             tokens = progress.windows * args.seq_len
             log.log_validation(progress.step, loss, run.val_bytes_per_token, tokens, progress.seconds)
@@ -391,12 +398,14 @@ def train(run: Run, log: RunLog) -> None:
             progress.step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps, args.schedule,
             args.decay_fraction,
         )  # fmt: skip
-        started = time.perf_counter()  # the clock covers the update and nothing else
-        loss, norm = update(
-            state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll, args.seed,
-            lambda i: run.train_loader.describe_batch(progress.windows, i, run.data.tokenizer.decode),
-        )  # fmt: skip
-        speed = speedometer.measure(progress.step, time.perf_counter() - started)
+        is_first = speedometer.steps_timed == 0
+        with announced("the first update", shown=dist.is_master and is_first):
+            started = time.perf_counter()  # the clock covers the update and nothing else
+            loss, norm = update(
+                state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll, args.seed,
+                lambda i: run.train_loader.describe_batch(progress.windows, i, run.data.tokenizer.decode),
+            )  # fmt: skip
+            speed = speedometer.measure(progress.step, time.perf_counter() - started)
         memory = runtime.peak_memory_bytes(dist.device)
         rates, skipped = state.learning_rates(), state.spikes.num_skipped
         log.log_update(progress.step, loss, norm, rates, speed, skipped, memory)
@@ -465,7 +474,8 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
     """Trains from the current state, and returns the exit code; `lines` are printed after the plan."""
     args, dist, state, started = run.args, run.dist, run.state, time.perf_counter()
     step = state.progress.step
-    with RunLog(args.log_dir, is_master=dist.is_master, max_steps=args.max_steps, start_step=step) as log:
+    steps = dict(max_steps=args.max_steps, start_step=step, log_every=args.log_every)
+    with RunLog(args.log_dir, is_master=dist.is_master, **steps) as log:
         for line in run.plan.lines() + lines:
             log.say(line)
         if warning := run.plan.space_warning():
@@ -478,7 +488,8 @@ def run_to_the_end(run: Run, lines: list[str]) -> int:
             compiled = run.identity.environment["compiled"]
             if compiled or not dist.is_alone:
                 shape = (args.micro_batch, args.seq_len)
-                seconds = warm_up(state.trained_model, *shape, run.dtype, dist.device)
+                with announced("compiling" if compiled else "warming up", shown=dist.is_master):
+                    seconds = warm_up(state.trained_model, *shape, run.dtype, dist.device)
                 if compiled:
                     log.say(f"compiled in {seconds:.0f} s, which is in no step's time")
             run.stop.defer()

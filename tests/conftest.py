@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import http.server
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +22,7 @@ import torch
 
 from gpt_model import GPT, GPTConfig
 from tests.small_runs import TEXT, Killed, kill_in_update, train
+from utils import console
 from utils.training import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +45,11 @@ torch.set_num_threads(1)  # these models are too small to profit from more
 def run(
     *arguments: str | Path | int, cwd: Path = ROOT, timeout: float = 120, **environment: str
 ) -> subprocess.CompletedProcess:
-    """Runs `python ARGUMENTS` without a network, and returns the process with its output as text."""
-    return subprocess.run(
+    """Runs `python ARGUMENTS` without a network, and returns the process with its output as text.
+
+    Without announcements of slow work, which depend on how busy the machine is.
+    """
+    process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
         env={**os.environ, **OFFLINE, **environment},
@@ -48,6 +58,25 @@ def run(
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+    process.stderr = re.sub(r"^.* \.\.\.\n", "", process.stderr, flags=re.MULTILINE)
+    return process
+
+
+def run_in_terminal(*arguments: str | Path | int, columns: int = 80, **environment: str) -> tuple[int, str]:
+    """Runs `python ARGUMENTS` without a network in a terminal; returns exit code and what it shows."""
+    terminal, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    streams = dict(stdin=subprocess.DEVNULL, stdout=side, stderr=side)
+    variables = {**os.environ, **OFFLINE, "TERM": "xterm", **environment}
+    variables.pop("COLUMNS", None)
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=variables, **streams)
+    os.close(side)
+    output = b""
+    with suppress(OSError):  # EIO: the process has ended
+        while data := os.read(terminal, 1 << 16):
+            output += data
+    os.close(terminal)
+    return process.wait(timeout=60), output.decode().replace("\r\n", "\n")
 
 
 def tiny_config(**changes: int) -> GPTConfig:
@@ -70,6 +99,12 @@ def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Hides the GPU of a machine that has one, except from test_cuda.py: all tests run alike everywhere."""
     if request.path.name != "test_cuda.py":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def no_announcements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work may take long on a busy machine; test_console.py and test_announcements.py test what is said."""
+    monkeypatch.setattr(console, "LONG_SECONDS", 3600.0)
 
 
 @pytest.fixture

@@ -7,13 +7,15 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import OFFLINE, ROOT, run
-from utils.console import CONTROLS, printable, warn
+from tests.conftest import OFFLINE, ROOT, run, run_in_terminal
+from utils import console
+from utils.console import CONTROLS, announced, printable, say, warn, wrapped
 
 # A script that prints more than any buffer holds, and then finishes its work: a file.
 SCRIPT = """
@@ -181,3 +183,115 @@ def test_a_terminal_receives_no_control_characters(text, shown, capsys):
     assert printable(text) == shown and not CONTROLS.search(shown)
     warn(text)
     assert capsys.readouterr() == ("", f"warning: {shown}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (
+            "numerics: float32, because this CPU is old",
+            ["numerics: float32,", "    because this CPU", "    is old"],
+        ),
+        (
+            "in /a/path/that-is-not/broken/inside/: log.txt",
+            ["in", "    /a/path/that-is-not/broken/inside/:", "    log.txt"],
+        ),
+        (
+            "a  b\n\n  two  spaces stay where they are",
+            ["a  b", "", "  two  spaces stay", "    where they are"],
+        ),
+        ("just as wide as it is", ["just as wide as it is"]),
+    ],
+)
+def test_a_long_line_is_continued_with_an_indent(text, lines):
+    """Broken at spaces only, so that paths stay whole; the lines of the text itself stay lines."""
+    assert wrapped(text, 21).split("\n") == lines
+
+
+SAYS = (
+    "from utils.console import say, warn; text = 'word ' * 15 + 'end'\n"
+    "say(text); say(text, wrap=False); warn(text)"
+)
+
+
+@pytest.mark.parametrize(("columns", "num_lines"), [(60, 4), (80, 3), (200, 3)])
+def test_a_terminal_gets_lines_of_its_width(columns, num_lines):
+    """Not the commands, which are copied, nor warnings: the terminal itself breaks these."""
+    code, shown = run_in_terminal("-c", SAYS, columns=columns)
+    lines = shown.splitlines()
+    assert code == 0 and len(lines) == num_lines
+    assert lines[-2:] == [f"{'word ' * 15}end", f"warning: {'word ' * 15}end"]
+    assert lines[:-2] == wrapped(f"{'word ' * 15}end", columns).split("\n")
+
+
+def test_a_file_gets_whole_lines(capsys):
+    """For grep: nothing is wrapped where standard output is no terminal."""
+    say("word " * 50 + "end")
+    assert capsys.readouterr() == ("word " * 50 + "end\n", "")
+
+
+def test_long_work_is_announced_once(monkeypatch, capsys):
+    """In one line, from a thread of its own, so that it appears during the work; also for work that fails."""
+    monkeypatch.setattr(console, "LONG_SECONDS", 0.05)
+    with pytest.raises(KeyError), announced("counting", 3) as advance:
+        advance(1)
+        time.sleep(0.2)
+        assert capsys.readouterr() == ("", "counting ...\n")
+        raise KeyError
+    with announced("on another rank", shown=False):
+        time.sleep(0.2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_short_work_is_not_announced(monkeypatch, capsys):
+    """Neither during the work nor after it, however often it is repeated."""
+    monkeypatch.setattr(console, "LONG_SECONDS", 0.2)
+    for _ in range(100):
+        with announced("counting"):
+            pass
+    time.sleep(0.4)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_timer_that_is_too_late_says_nothing(monkeypatch, capsys):
+    """It may be over while the work ends, too late to be cancelled."""
+    timers = []
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: timers.append(timer))
+    with announced("counting"):
+        pass
+    timers[0].function()
+    assert capsys.readouterr() == ("", "")
+
+
+BAR = (
+    "import time; from utils import console; console.LONG_SECONDS = 0.1\n"
+    "with console.announced('counting', 8, ' sheep') as advance:\n"
+    "    advance(3); time.sleep(0.4); advance(3); console.say('a line')\n"
+    "    time.sleep(0.2); advance(2)\n"
+    "console.say('the end')"
+)
+
+
+def test_long_work_has_a_bar_on_a_terminal():
+    """With what was done before it appeared; it vanishes when the work ends, and breaks no line."""
+    code, shown = run_in_terminal("-c", BAR)
+    assert code == 0
+    assert "counting:  38%" in shown and "3/8 sheep" in shown and "6/8 sheep" in shown
+    lines = [line.split("\r")[-1] for line in shown.split("\n")]
+    assert [line for line in lines if line.strip()] == ["a line", "the end"]
+
+
+IMPORTS = (
+    "import sys, time; from utils import console; console.LONG_SECONDS = 0.2; sys.argv = ['dir/script.py']\n"
+    "console.begin_script(); time.sleep({}); from utils.command_line import run_script\n"
+    "sys.exit(run_script(lambda: time.sleep({})))"
+)
+
+
+def test_slow_imports_are_announced_on_a_terminal():
+    """Not imports that are fast, nor what follows them; and a file gets no such line."""
+    assert run_in_terminal("-c", IMPORTS.format(0.6, 0)) == (0, "starting script.py ...\n")
+    assert run_in_terminal("-c", IMPORTS.format(0, 0.6)) == (0, "")
+    command = [sys.executable, "-c", IMPORTS.format(0.6, 0)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")

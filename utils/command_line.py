@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from utils.console import (
     guarded_streams,
     handle_interrupt,
+    imports,
     printable,
     second_interrupt_exits,
     watched_signals,
@@ -83,6 +84,7 @@ def run_script(
         if result_is_stdout:
             raise ResultLost(error.strerror) from error
 
+    imports.close()
     with guarded_streams(on_loss), watched_signals(second_interrupt_exits()):
         earlier = handle_interrupt(signal.default_int_handler)
         try:

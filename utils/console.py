@@ -8,20 +8,25 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from typing import Any, TextIO
 
 from utils.installation import require_packages
 
 PROCESS_START = time.monotonic()  # nearly: this module is the first that a script imports
 SECOND_SIGINT_SECONDS = 1.0  # a launcher may deliver one Ctrl-C twice within a second
+LONG_SECONDS = 2.0  # work that takes longer says what it is
+NARROWEST = 40  # columns; lines are not wrapped to fewer
 # All control characters but line feed and tab, and those that reverse the direction of a text.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 lost_streams: dict[str, str] = {}  # name -> why nothing more can be written to it
+imports = ExitStack()  # closed when the imports of a script are done
 
 
 def begin_script() -> None:
@@ -29,7 +34,7 @@ def begin_script() -> None:
 
     `run_script` replaces this by KeyboardInterrupt, which removes unfinished files, as long as `main` runs.
     A worker of torchrun receives SIGTERM when its launcher has died. A Python without the packages that every
-    script imports ends with two lines and exit code 2.
+    script imports ends with two lines and exit code 2. On a terminal, slow imports are announced.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -40,6 +45,8 @@ def begin_script() -> None:
     handle_interrupt(lambda *_: os._exit(130))
     if launched_by_torchrun():
         threading.Thread(target=terminate_when_orphaned, args=(os.getppid(),), daemon=True).start()
+    elif sys.stderr is not None and sys.stderr.isatty():
+        imports.enter_context(announced(f"starting {os.path.basename(sys.argv[0])}"))
 
 
 def launched_by_torchrun() -> bool:
@@ -183,6 +190,82 @@ def printable(text: str) -> str:
     return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def say(text: str, *, stream: str = "stdout", wrap: bool = True) -> None:
+    """Prints a text, above progress bars where there are any; `stream` is an attribute of sys.
+
+    On a terminal, lines are wrapped at spaces to its width; `wrap=False` is for commands, which are copied.
+    """
+    file, text = getattr(sys, stream), printable(text)
+    text = wrapped(text, line_width(file)) if wrap else text
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)  # None also while another thread imports it
+    if bars:
+        bars.write(text, file=file)
+    else:
+        print(text, file=file)
+    file.flush()
+
+
 def warn(text: str) -> None:
     """Prints a warning on standard error."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    say(f"warning: {text}", stream="stderr", wrap=False)
+
+
+def line_width(file: TextIO) -> float:
+    """Columns of the terminal, or $COLUMNS; infinite for a stream that is no terminal."""
+    from shutil import get_terminal_size  # here: it is slow to import
+
+    return max(NARROWEST, get_terminal_size().columns) if file.isatty() else float("inf")
+
+
+def wrapped(text: str, width: float) -> str:
+    """A text in lines of at most `width` characters, continued with an indent; words stay whole."""
+    options = dict(replace_whitespace=False, expand_tabs=False, break_on_hyphens=False)
+    fill = textwrap.TextWrapper(width, subsequent_indent="    ", break_long_words=False, **options).fill
+    return "\n".join(line if len(line) <= width else fill(line) for line in text.split("\n"))
+
+
+@contextmanager
+def announced(
+    activity: str, total: int | None = None, unit: str = "", *, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Says on standard error what the block does, if that takes longer than two seconds.
+
+    A line, or on a terminal a progress bar where `total` is known. Yields a function that counts how many of
+    the `total` units are done. `shown` is False on ranks other than 0.
+    """
+    if not shown:
+        yield lambda count: None
+        return
+    done, bar, lock = 0, None, threading.Lock()
+
+    def appear() -> None:
+        nonlocal bar
+        with lock:
+            if timer.finished.is_set():
+                return
+            if total and sys.stderr.isatty() and find_spec("tqdm"):
+                from tqdm import tqdm
+
+                form = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left"
+                numbers = dict(total=total, initial=done, unit=unit, unit_scale=total > 9999)
+                bar = tqdm(desc=activity, leave=False, dynamic_ncols=True, bar_format=form, **numbers)
+            else:
+                say(f"{activity} ...", stream="stderr")
+
+    def advance(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            if bar is not None:
+                bar.update(count)
+
+    timer = threading.Timer(LONG_SECONDS, appear)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield advance
+    finally:
+        timer.cancel()
+        with lock:
+            if bar is not None:
+                bar.close()

@@ -16,6 +16,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from utils.command_line import Unfinished, UserError, environment_int
+from utils.console import announced
 
 LONGEST_TIMEOUT_SECONDS = 1e9  # nanoseconds of a longer one overflow
 MASTER_ALONE_TIMEOUT = timedelta(hours=12)  # longer than any download or checkpoint takes
@@ -142,7 +143,9 @@ class Distributed:
             return model
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # As views of the buckets that are exchanged, gradients exist once.
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        options = dict(device_ids=device_ids, gradient_as_bucket_view=True)
+        with announced("sending the weights to all processes", shown=self.is_master):
+            return nn.parallel.DistributedDataParallel(model, **options)
 
     def exchange_gradients(self, model: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
         """Context for forward *and* backward of a micro-step: gradients are exchanged only if `now`."""
@@ -186,9 +189,10 @@ def join_job(device: torch.device, timeout_seconds: float = 600) -> Iterator[Dis
     timeout = timedelta(seconds=min(timeout_seconds, LONGEST_TIMEOUT_SECONDS))
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        torch_dist.init_process_group(backend, timeout=timeout)
-        control_group = torch_dist.new_group(backend="gloo", timeout=timeout)
-        patient_group = torch_dist.new_group(backend="gloo", timeout=MASTER_ALONE_TIMEOUT)
+        with announced(f"waiting for all {world_size} processes", shown=rank == 0):
+            torch_dist.init_process_group(backend, timeout=timeout)
+            control_group = torch_dist.new_group(backend="gloo", timeout=timeout)
+            patient_group = torch_dist.new_group(backend="gloo", timeout=MASTER_ALONE_TIMEOUT)
     except (RuntimeError, ValueError) as error:  # torch raises RuntimeError for store and network failures
         address = f"{os.environ['MASTER_ADDR']}:{port}"
         reason = str(error).strip().split("\n")[0]

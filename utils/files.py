@@ -12,24 +12,25 @@ import re
 import shutil
 import stat
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from utils.console import warn
+from utils.console import announced, warn
 
 # What fsync of a folder answers where it does not exist: CIFS, vboxsf and some FUSE file systems.
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS)
 LOCK_IS_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)  # flock's answers, by file system
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+def sha256_of(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """SHA-256 of a file, in hexadecimal; `advance` is called with the size of each piece that was read."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for chunk in iter(lambda: file.read(1 << 20), b""):
             digest.update(chunk)
+            advance(len(chunk))
     return digest.hexdigest()
 
 
@@ -147,7 +148,8 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
         try:
             descriptor = _open_lock_file(path)
             stack.callback(os.close, descriptor)
-            _lock(descriptor, wait=wait)
+            with announced(f"waiting for another process to release {path}", shown=wait):
+                _lock(descriptor, wait=wait)
         except BlockingIOError:
             raise
         except (ImportError, OSError) as error:
@@ -187,8 +189,11 @@ def download(url: str, path: Path, sha256: str, num_bytes: int | None = None) ->
     opener = urllib.request.build_opener()  # urlopen would keep the proxies of its first call
     try:
         # 10 seconds are the longest wait for the connection, and for each piece of data.
-        with whole_file(path, "wb") as file, opener.open(url, timeout=10) as response:
-            shutil.copyfileobj(response, file)
+        bar = announced(f"downloading {path.name}", num_bytes, "B")
+        with bar as advance, whole_file(path, "wb") as file, opener.open(url, timeout=10) as response:
+            for chunk in iter(lambda: response.read(1 << 16), b""):
+                file.write(chunk)
+                advance(len(chunk))
             file.flush()
             size, digest = file.tell(), sha256_of(Path(file.name))
             if digest != sha256 or num_bytes not in (None, size):

@@ -111,7 +111,7 @@ def test_names_of_files_on_the_hub_stay_in_its_folder():
         assert not SAFE_NAME.fullmatch(name)
 
 
-def unreadable(path: Path) -> str:
+def unreadable(path: Path, *rest: object) -> str:
     """Reading a file without permission, which root has for every file."""
     raise PermissionError(errno.EACCES, "Permission denied", str(path))
 

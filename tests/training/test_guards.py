@@ -143,7 +143,7 @@ def test_an_infinite_norm_in_fp16_is_skipped_counted_and_logged_as_null(tmp_path
     spikes = SpikeFilter(0.0)
     assert not spikes.accepts(float("inf")) and spikes.num_skipped == 1
     with RunLog(tmp_path, is_master=True) as log:
-        speed = Speed(1.0, 1.0, None, 1.0)
+        speed = Speed(1.0, None, 1.0, None, 1.0)
         log.log_update(0, 1.0, float("inf"), {"lr": 1e-3}, speed, spikes.num_skipped, 1)
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = json.loads(line, parse_constant=lambda name: pytest.fail(name))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.command_line import UserError
+from utils.console import announced, say
 from utils.files import download, locked, remove_temporary_files
 from utils.hellaswag.tokenization import harness_text
 from utils.text_files import kind_of_bytes, lines_of, wrong_kind
@@ -76,6 +77,7 @@ def _download(path: Path, sha256: str) -> None:
     raise OSError("; ".join(dict.fromkeys(errors)))  # identical reasons once
 
 
+@announced("reading HellaSwag")
 def read_rows(path: Path, split: str, *, for_harness: bool = False) -> list[dict[str, Any]]:
     """Reads and checks all rows of a file; prints their number and the checksum.
 
@@ -102,7 +104,7 @@ def read_rows(path: Path, split: str, *, for_harness: bool = False) -> list[dict
         raise UserError(f"{path} is empty", "delete the file to download it again")
     digest = hashlib.sha256(data).hexdigest()
     verdict = "the published file" if digest == PUBLISHED_SHA256[split] else "not the published file"
-    print(f"hellaswag: {len(rows):,} {split} examples in {path}, SHA-256 {digest} ({verdict})")
+    say(f"hellaswag: {len(rows):,} {split} examples in {path}, SHA-256 {digest} ({verdict})")
     return rows
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.command_line import Unfinished, UserError
-from utils.console import warn
+from utils.console import announced, warn
 from utils.shards.documents import TOKENS_PER_DOCUMENT, bytes_per_token
 
 RETRY_SECONDS = (2, 8, 30, 60)  # waits between attempts, in addition to those of the client itself
@@ -52,10 +52,11 @@ class HubFiles:
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=_endpoint())
-        info = _retry(lambda: api.dataset_info(dataset, revision=revision), dataset, first_contact=True)
-        names = _files_of_subset(dataset, subset, info)
-        where = dict(repo_type="dataset", revision=info.sha)
-        entries = _retry(lambda: api.get_paths_info(dataset, names, **where), dataset)
+        with announced(f"asking the hub for the files of {dataset}"):
+            info = _retry(lambda: api.dataset_info(dataset, revision=revision), dataset, first_contact=True)
+            names = _files_of_subset(dataset, subset, info)
+            where = dict(repo_type="dataset", revision=info.sha)
+            entries = _retry(lambda: api.get_paths_info(dataset, names, **where), dataset)
         sizes = {entry.path: entry.size for entry in entries}
         files = [[name, sizes.get(name, 0)] for name in names]
         description = dict(kind="hub", dataset=dataset, subset=subset, revision=info.sha, files=files)
@@ -84,9 +85,10 @@ class HubFiles:
 
         Raises UserError if offline or if the file no longer exists, Unfinished if the hub keeps failing.
         """
-        if index in self._downloads:
-            self._downloads[index].join()  # if it failed, the call below raises the reason
-        path = self._download(index)
+        with announced(f"downloading {self.names[index]}"):
+            if index in self._downloads:
+                self._downloads[index].join()  # if it failed, the call below raises the reason
+            path = self._download(index)
         following = index + 1
         if self.read_ahead and following < len(self) and following not in self._downloads:
             # A daemon, so that Ctrl-C need not wait for gigabytes; the client can resume half a file.

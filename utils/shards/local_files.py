@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.command_line import UserError
+from utils.console import announced
 from utils.files import sha256_of
 from utils.shards.documents import KINDS, TOKENS_PER_DOCUMENT, bytes_per_token, check_kind, is_text, kind_of
 from utils.shards.rows import open_parquet
@@ -16,7 +17,6 @@ from utils.text_files import first_bytes, kind_of_bytes, quoted, read_errors, wr
 
 PROBE_BYTES = 1 << 16  # at both ends of a file, for its fingerprint
 NAMES_SHOWN = 3  # of the files that are left out for one reason
-LONG_HASHING_BYTES = 4e9  # a progress bar above that: some seconds
 
 SPECIAL = "broken links or special files"
 LeftOut = dict[str, list[Path]]  # reason -> files
@@ -43,9 +43,11 @@ class LocalFiles:
     def path(self, index: int) -> Path:
         return self.paths[index]
 
+    @announced("looking at the input files")
     def describe(self) -> dict[str, Any]:
         return {"kind": "files", "files": [fingerprint_of(path) for path in self.paths]}
 
+    @announced("estimating the size of the input")
     def estimate(self, text_field: str) -> tuple[int, int]:
         num_tokens = num_documents = 0
         for path, kind in zip(self.paths, self.kinds, strict=True):
@@ -61,17 +63,13 @@ class LocalFiles:
         return num_tokens, num_documents
 
     def checksums(self) -> list[dict[str, Any]]:
-        from tqdm import tqdm
-
         sizes = [path.stat().st_size for path in self.paths]
-        quiet = None if sum(sizes) > LONG_HASHING_BYTES else True  # None: only on a terminal
         records = []
-        with tqdm(total=sum(sizes), desc="SHA-256", unit="B", unit_scale=True, disable=quiet) as bar:
+        with announced("checksums of the input", sum(sizes), "B") as advance:
             for path, size in zip(self.paths, sizes):
                 with read_errors(path):
-                    digest = sha256_of(path)
+                    digest = sha256_of(path, advance)
                 records.append({"path": os.path.abspath(path), "bytes": size, "sha256": digest})
-                bar.update(size)
         return records
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.command_line import UserError
+from utils.console import say
 from utils.shards.documents import DocumentSource, Position, bytes_per_token, parts_from, read_documents
 from utils.shards.format import write_errors
 from utils.shards.manifest import FILE_NAME, Manifest
@@ -93,12 +94,12 @@ def train_on_corpus(
     """
     half = int(num_tokens * bytes_per_token("text") / 2)
     skip = min(val_tokens * CHARACTERS_PER_TOKEN, half)
-    print(f"training a BPE of {vocab_size:,} tokens on up to {TRAINING_CHARACTERS:,} characters", flush=True)
+    say(f"training a BPE of {vocab_size:,} tokens on up to {TRAINING_CHARACTERS:,} characters")
     counts = {"skipped": 0, "used": 0}
     parts = parts_from(source, text_field, Position())
     texts = (text for part in parts for text in read_documents(part, text_field, bad_rows=bad_rows))
     state = train_bpe(_texts_after(texts, skip, counts), vocab_size)
-    print(
+    say(
         f"{TOKENIZER_FILE}: trained on {counts['used']:,} characters, after the first {counts['skipped']:,}, "
         f"which hold val; SHA-256 {identity(state)}"
     )

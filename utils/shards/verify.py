@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utils.command_line import UserError
-from utils.console import printable
+from utils.console import announced, printable
 from utils.files import sha256_of
 from utils.shards.documents import DocumentSource
 from utils.shards.manifest import FILE_NAME, Manifest
@@ -36,8 +36,8 @@ def verify_inputs(manifest: Manifest) -> None:
         path = Path(record["path"])
         problem = None if path.is_file() else "missing"
         if not problem:
-            with read_errors(path):
-                is_same = sha256_of(path) == record["sha256"]
+            with read_errors(path), announced(f"reading {path}", record["bytes"], "B") as advance:
+                is_same = sha256_of(path, advance) == record["sha256"]
             problem = None if is_same else f"SHA-256 is not {record['sha256']}: the content has changed"
         print(printable(f"{path}: {problem or 'ok'}"), flush=True)
         differ += [str(path)] if problem else []
@@ -53,7 +53,8 @@ def verify(folder: Path, *, inputs: bool = False) -> int:
         raise UserError(f"{folder} has no {FILE_NAME}", "name the folder of a build: --output-dir")
     damaged, vocab_size = [], tokenizer_from_state(tokenizer_of(folder)).vocab_size
     for record in manifest.shards:
-        problem = manifest.find_problem(record, vocab_size)
+        with announced(f"reading {record['name']}"):
+            problem = manifest.find_problem(record, vocab_size)
         print(f"{record['name']}: {problem or 'ok'}", flush=True)
         if problem:
             damaged.append(record["name"])

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils.command_line import UserError
-from utils.console import printable, warn
+from utils.console import announced, say, warn
 from utils.data_loader import TextStream, TokenStream, WindowLoader, split_text
 from utils.distributed import Distributed
 from utils.files import download
@@ -151,7 +151,8 @@ def tokenize(
     that the shard builder makes of them; a text without such a line is tokenized as it is. Raises UserError
     for unusable files.
     """
-    text, documents = read_source(source, dist)
+    with announced(f"reading {source.path or 'the documentation'}", shown=dist.is_master):
+        text, documents = read_source(source, dist)
     if documents is not None and not has_end_of_text(tokenizer_state):
         if dist.is_master:
             have = "characters have" if tokenizer_state["name"] == "char" else "the tokenizer has"
@@ -196,7 +197,7 @@ def read_folder(folder: Path, dist: Distributed) -> list[str]:
     paths, left_out = find_files([str(folder)], "--data")
     files = LocalFiles(paths)
     if left_out and dist.is_master:
-        print(printable(f"left out of --data: {describe_left_out(left_out)}"))
+        say(f"left out of --data: {describe_left_out(left_out)}")
     if not all(map(is_text, files.kinds)):
         warn_of_records(folder, dist)
     documents: list[str] = []
@@ -236,6 +237,7 @@ def part_of(data: Data, part: str) -> TokenStream:
     return TextStream(data.train.name, tokens, 0, data.train.fingerprint())
 
 
+@announced("reading the evaluated tokens")
 def bytes_per_token(loader: WindowLoader, num_targets: int, tokenizer: Tokenizer) -> float:
     """Mean bytes of the first `num_targets` targets of a stream."""
     return loader.target_bytes(num_targets, tokenizer.token_bytes()) / num_targets

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from utils.command_line import format_bytes, format_duration
-from utils.console import warn
+from utils.console import announced, say, warn
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed
 from utils.files import free_bytes
@@ -116,14 +116,14 @@ class Plan:
 def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
     """`--dry-run`: prints the plan, measures a few micro-steps, writes nothing. Returns the exit code."""
 
-    def say(*lines: str) -> None:
+    def show(*lines: str) -> None:
         if plan.dist.is_master:
-            print("\n".join(lines), flush=True)
+            say("\n".join(lines))
 
-    say(*plan.lines())
+    show(*plan.lines())
     checkpoints, fits = plan.checkpoints()
     if fits:
-        say(checkpoints)
+        show(checkpoints)
     elif plan.dist.is_master:
         warn(checkpoints)
     device, minimum = plan.dist.device, format_bytes(state_bytes(plan.model, plan.args.optimizer))
@@ -131,17 +131,19 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
         memory = format_bytes(memory_bytes(device))
         least = format_bytes(least_bytes(plan.model, plan.args))
         needed = f"parameters, gradients and moments take {minimum}, with activations at least {least}"
-        say(f"memory: {needed}, {device} has {memory}: this does not fit, so nothing is measured")
+        show(f"memory: {needed}, {device} has {memory}: this does not fit, so nothing is measured")
         return 0
     seconds = []
     batches = plan.train.train_batches(0)
-    for _ in range(DRY_RUN_STEPS):
-        started = time.perf_counter()
-        forward_backward(state.trained_model, *next(batches), dtype).item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
+    with announced("timing micro-steps", DRY_RUN_STEPS, shown=plan.dist.is_master) as advance:
+        for _ in range(DRY_RUN_STEPS):
+            started = time.perf_counter()
+            forward_backward(state.trained_model, *next(batches), dtype).item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+            advance(1)
     for optimizer in state.optimizers.values():
         optimizer.step()  # allocates the moments, which must fit as well
     peak = format_bytes(plan.dist.max_number(peak_memory_bytes(device)))
-    say(f"memory: peak {peak} a process, measured (parameters, gradients and moments: {minimum})")
-    say(*plan.time_lines(sorted(seconds)[DRY_RUN_STEPS // 2]))
+    show(f"memory: peak {peak} a process, measured (parameters, gradients and moments: {minimum})")
+    show(*plan.time_lines(sorted(seconds)[DRY_RUN_STEPS // 2]))
     return 0

@@ -5,6 +5,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from utils.command_line import UserError, bits_per_byte, perplexity
+from utils.console import say
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed
 from utils.runtime import choose_dtype, choose_matmul
@@ -28,6 +29,7 @@ def report_loss(
     if stream.num_tokens < 2:
         raise UserError(f"{stream.name} has {stream.num_tokens} token(s)", "evaluate at least two tokens")
     loader = WindowLoader(stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
+    num_windows = None  # they overlap
     if args.eval_part:
         if args.stride and args.stride > args.seq_len:
             what = f"--stride {args.stride} is more than the {args.seq_len} tokens of a window"
@@ -35,13 +37,14 @@ def report_loss(
         batches, num_targets = loader.sliding_batches(args.stride or args.seq_len), stream.num_tokens - 1
     else:
         batches = loader.val_batches(args.val_tokens)
-        num_targets = loader.num_val_windows(args.val_tokens) * args.seq_len
-    loss = evaluate(model, batches, dist, dtype)
+        num_windows = loader.num_val_windows(args.val_tokens)
+        num_targets = num_windows * args.seq_len
+    loss = evaluate(model, batches, dist, dtype, num_windows=num_windows)
     if not math.isfinite(loss):
         raise UserError(f"{args.init_from}: val loss {loss}", "use --dtype float32, or other weights")
     if dist.is_master:
         bits = bits_per_byte(loss, bytes_per_token(loader, num_targets, data.tokenizer))
         result = f"{args.eval_part or 'val'} loss {loss:.4f} | perplexity {perplexity(loss)}"
         result += f" | {bits:.4f} bits per byte" if bits is not None else ""
-        print(f"{args.init_from}: {result} | {num_targets:,} tokens of {stream.name}")
+        say(f"{args.init_from}: {result} | {num_targets:,} tokens of {stream.name}")
     return 0

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.command_line import UserError
-from utils.console import warn
+from utils.console import say, warn
 from utils.distributed import Distributed
 from utils.files import locked, move, remove_temporary_files
 from utils.text_files import quoted
@@ -43,7 +43,7 @@ def locked_log_dir(log_dir: Path) -> Iterator[None]:
             check_entries(log_dir)
             stack.enter_context(locked(log_dir / ".lock"))
             for name in remove_temporary_files(log_dir):  # first: they may be what fills the disk
-                print(f"removed {name}: an earlier run was stopped while writing it")
+                say(f"removed {name}: an earlier run was stopped while writing it")
             holder.unlink(missing_ok=True)  # on a full disk this frees the bytes for the next line
             since = time.strftime("%Y-%m-%d %H:%M:%S")
             holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
@@ -90,7 +90,7 @@ def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | N
     archive.mkdir(parents=True)
     for path in sorted(files, key=lambda path: (path.suffix != ".pt", path.name)):
         move(path, archive / path.name)
-    print(f"moved {len(files)} file(s) of an earlier run to {archive}")
+    say(f"moved {len(files)} file(s) of an earlier run to {archive}")
     return archive
 
 

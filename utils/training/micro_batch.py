@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.command_line import UserError, is_out_of_memory
+from utils.console import announced
 from utils.distributed import Distributed
 from utils.runtime import Decision, autocast, choose_compile
 from utils.training.flags import fitting_micro_batch
@@ -86,7 +87,8 @@ def decide_compile(
     """Whether all ranks compile the model, whose run has `micro_steps` in all; see `choose_compile`."""
 
     def eager_seconds() -> float:
-        return micro_steps * time_micro_batch(model, args.micro_batch, args.seq_len, dtype, dist.device)
+        with announced("timing a micro-batch", shown=dist.is_master):
+            return micro_steps * time_micro_batch(model, args.micro_batch, args.seq_len, dtype, dist.device)
 
     compiles = choose_compile(
         args.compile, dist.device, deterministic=args.deterministic, eager_seconds=eager_seconds
@@ -107,7 +109,8 @@ def choose_micro_batch(
     if rest or not rows:
         return Decision(default, "the batch is not a multiple of the windows of all ranks")
     weights = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
-    found = largest_that_fits(lambda B: _trial_step(model, B, args.seq_len, dist.device, dtype), rows)
+    with announced("searching for the largest micro-batch", shown=dist.is_master):
+        found = largest_that_fits(lambda B: _trial_step(model, B, args.seq_len, dist.device, dtype), rows)
     model.load_state_dict(weights)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(dist.device)

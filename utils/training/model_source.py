@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from utils.command_line import UserError, format_bytes
+from utils.console import announced
 from utils.distributed import Distributed
 from utils.runtime import memory_bytes
 from utils.tokenizer import Tokenizer, check_vocab_size
@@ -39,7 +40,9 @@ def load_model(
         model = factory.new(**checkpoint.model["config"])
         model.tokenizer_state, source = checkpoint.model["tokenizer"], checkpoint.path
     elif args.init_from and not checkpoint:
-        model, source = factory.load(args.init_from), args.init_from
+        source = args.init_from
+        with announced(f"loading {source}", shown=dist.is_master):
+            model = factory.load(source)
     else:
         return None
     found = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
@@ -63,7 +66,8 @@ def load_model_and_data(
     sizes.update(vocab_size=data.tokenizer.padded_vocab_size)
     # Too large a model is an error before anything is allocated; a dry run reports it.
     outline = outline_if_too_large(lambda: factory.new(**vars(model.config) if model else sizes), args, dist)
-    model = outline or model or factory.new(**sizes).to(dist.device)
+    with announced("initialising the weights", shown=dist.is_master):
+        model = outline or model or factory.new(**sizes).to(dist.device)
     check_model_reads(model.config, args.seq_len, data.tokenizer)
     model.config.dropout = args.dropout  # also of loaded weights, whatever they were trained with
     return model, data

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from utils.console import say
 from utils.cpu_matmul import linear
 from utils.distributed import Distributed
 
@@ -34,7 +35,7 @@ def make_optimizers(args: Namespace, model: "GPT", dist: Distributed) -> dict[st
         optimizers["muon"] = kind([group], lr=args.muon_lr, weight_decay=0.0)
         if dist.is_master:
             count = f"{sum(p.numel() for p in matrices):,}"
-            print(f"optimizer: Muon on the {len(matrices)} matrices of the blocks ({count} parameters)")
+            say(f"optimizer: Muon on the {len(matrices)} matrices of the blocks ({count} parameters)")
     return optimizers
 
 

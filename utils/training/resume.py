@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from utils.command_line import UserError, format_bytes
-from utils.console import warn
+from utils.console import announced, say, warn
 from utils.distributed import Distributed, restart_count
 from utils.files import free_bytes
 from utils.runtime import device_name
@@ -53,7 +53,7 @@ BY_CONTENT = ("preset", "data", "tokenizer", "init_from", "n_layer", "n_head", "
 HARMLESS = (
     *("log_dir", "hellaswag_dir", "resume", "eval_only", "dry_run", "cost_per_hour", "dist_timeout"),
     *("val_every", "hellaswag_every", "sample_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
-    *("patience", "max_hours", "tensorboard", "wandb", "recompute"),
+    *("patience", "max_hours", "log_every", "tensorboard", "wandb", "recompute"),
 )
 
 
@@ -96,11 +96,11 @@ def save_checkpoint(
         del content["model"]  # it has a file of its own, which is what one shares
         step, model = content["step"], model_of(state, identity)
         del content["val_loss"]  # in the model file
-        with failure_warned(f"save step {step}", state, args, log):
+        with failure_warned(f"save step {step}", state, args, log), announced("saving a checkpoint"):
             restore_log_dir(args.log_dir, log)
             state.newest_checkpoint = save_pair(args.log_dir, step, model, content)
             state.saved = state.moment()
-            log.say(f"checkpoint: {state.newest_checkpoint}")
+            log.say(f"checkpoint: {state.newest_checkpoint}", wrap=False)
             with failure_warned("remove old checkpoints", state, args, log):
                 prune(
                     args.log_dir, args.keep_checkpoints, args.keep_every, args.max_steps, state.resumed_from
@@ -113,7 +113,7 @@ def save_checkpoint(
 def save_best(state: TrainState, identity: Identity, args: Namespace, log: RunLog, dist: Distributed) -> None:
     """Writes model_best.pt, the weights of the lowest val loss so far; a full disk does not end the run."""
     if dist.is_master and state.progress.step > 0:  # the initial weights are no result of the run
-        with failure_warned("save model_best.pt", state, args, log):
+        with failure_warned("save model_best.pt", state, args, log), announced("saving model_best.pt"):
             restore_log_dir(args.log_dir, log)
             save_model(best_path(args.log_dir), model_of(state, identity))
     dist.barrier()
@@ -134,9 +134,9 @@ def close_complete_run(state: TrainState, args: Namespace, dist: Distributed) ->
     """Says that nothing is left to train; draws and reports again what a kill after the last save lost."""
     if dist.is_master:
         step, model = state.progress.step, state.newest_checkpoint
-        print(f"already complete: step {step} of {args.max_steps}, the model is {model}")
+        say(f"already complete: step {step} of {args.max_steps}, the model is {model}")
         if step < args.max_steps:
-            print(why_it_ended(state.progress, args))
+            say(why_it_ended(state.progress, args))
     if state.resumed_from is not None:
         with RunLog(args.log_dir, is_master=dist.is_master) as log:
             log.draw_curves()
@@ -185,6 +185,7 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
         args.resume = "newest"
     found: list[Checkpoint | None] = [None]
 
+    @announced("reading the checkpoint")
     def read() -> Checkpoint | None:
         if args.resume == "newest":
             found[0] = newest_complete(args.log_dir)
@@ -246,7 +247,9 @@ def start_or_resume(
     lines = dist.on_master(prepare)
     # From rank 0 to every rank: nodes need no shared disk.
     saved = checkpoint and {**checkpoint.model, **checkpoint.state}
-    if saved := dist.broadcast_state(saved):
+    with announced("sending the checkpoint to all processes", shown=dist.is_master):
+        saved = dist.broadcast_state(saved)
+    if saved:
         state.load_state_dict(saved)
         state.saved = state.moment()
         rng = saved["rng"]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from utils.command_line import bits_per_byte, format_duration, perplexity
-from utils.console import lost_streams, printable
+from utils.console import announced, line_width, lost_streams, say
 from utils.text_files import quoted
 from utils.training.curves import plot_run
 from utils.training.log_directory import LOGS, RUN_FILES
 from utils.training.report import write_report
 
+LONGEST_LINE = 80  # of a result on the console, also where the terminal is wider
+FIRST_LINES = 3  # updates after a start that all have a line
+LONGEST_SILENCE = 30.0  # seconds without a line for an update, unless --log-every was given
 WANDB_ID_FILE = "wandb_id.txt"  # in the log directory: a resumed run continues the same wandb run
 
 
@@ -29,11 +33,17 @@ class RunLog:
     """The files and the console of a run; on ranks other than 0 every call does nothing.
 
     `log.txt` holds lines `{step} train|val|hella {value}` and no times, so that two runs can be compared byte
-    for byte. `max_steps` and `start_step` are those of the progress bar.
+    for byte. `max_steps` and `start_step` are those of the progress bar. The console shows every
+    `log_every`-th update, by default 100 to 250 in a run and one in 30 seconds, the first ones and the last.
     """
 
-    def __init__(self, log_dir: Path, *, is_master: bool, max_steps: int = 0, start_step: int = 0):
+    def __init__(
+        self, log_dir: Path, *, is_master: bool, max_steps: int = 0, start_step: int = 0,
+        log_every: int | None = None,
+    ):  # fmt: skip
         self.log_dir, self.is_master = log_dir, is_master
+        self.max_steps, self.start_step, self.log_every = max_steps, start_step, log_every
+        self.last_line = time.monotonic()  # when the console showed an update
         self.bar: Any = None
         self.files: dict[str, IO[str]] = {}
         self.mirrors: list[Mirror] = []
@@ -62,27 +72,28 @@ class RunLog:
             with suppress(OSError):  # the failed write has been reported
                 file.close()
 
-    def say(self, line: str, *, stream: str = "stdout") -> None:
-        """Prints a line, above the progress bar where there is one; `stream` is an attribute of sys."""
+    def say(self, line: str, *, stream: str = "stdout", wrap: bool = True) -> None:
+        """`console.say` on rank 0; a lost console is recorded once."""
         if not self.is_master:
             return
-        write = print if self.bar is None else self.bar.write
-        write(printable(line), file=getattr(sys, stream))
-        getattr(sys, stream).flush()
+        say(line, stream=stream, wrap=wrap)
         if lost_streams and "console" not in self.failures:
             self.failures.add("console")
             self.add_record("console", lost=dict(lost_streams))  # the files are now the only place to look
 
     def warn(self, text: str) -> None:
         """Prints a warning on standard error."""
-        self.say(f"warning: {text}", stream="stderr")
+        self.say(f"warning: {text}", stream="stderr", wrap=False)
 
     def log_start(self, record: dict[str, Any], *, tensorboard: bool, wandb: bool) -> None:
         """Records settings and environment, and opens the mirrors that are asked for."""
         requested = {"TensorBoard": tensorboard and open_tensorboard, "wandb": wandb and open_wandb}
         for name, start in requested.items():
             if start and self.is_master:
-                mirror = self._try(f"{name} failed", start, self.log_dir, record["settings"], record["step"])
+                with announced(f"starting {name}"):
+                    mirror = self._try(
+                        f"{name} failed", start, self.log_dir, record["settings"], record["step"]
+                    )
                 self.mirrors += [mirror] if mirror else []
         self.add_record("run", **record)
 
@@ -98,16 +109,25 @@ class RunLog:
         known_norm = norm if math.isfinite(norm) else None  # JSON has no infinity
         values = dict(loss=loss, **rates, norm=known_norm, skipped=num_skipped)
         self.add_record("train", step=step, **values, seconds=speed.seconds, mfu=speed.mfu, memory=memory)
-        parts = [
-            f"step {step:5d} | loss {loss:.4f} | lr {rates['lr']:.1e} | norm {norm:.2f}",
-            f"{1000 * speed.seconds:.0f} ms | {speed.tokens_per_second:,.0f} tok/s",
-            *([] if speed.mfu is None else [f"mfu {100 * speed.mfu:.1f}%"]),
-            *([f"skipped {num_skipped}"] if num_skipped else []),
-            f"eta {format_duration(speed.eta)}",
-        ]
-        self.say(" | ".join(parts))
+        if self.is_master and self._shows(step):
+            self.last_line = time.monotonic()
+            lr, norm_text = f"lr {rates['lr']:.1e}", f"norm {norm:.2f}"
+            tokens = f"{speed.recent_tokens_per_second:,.0f} tok/s"
+            mfu = "" if speed.recent_mfu is None else f"mfu {100 * speed.recent_mfu:.1f}%"
+            skipped = f"skipped {num_skipped}" if num_skipped else ""
+            eta = f"eta {format_duration(speed.eta)}"
+            parts = [f"step {step:5d}", f"loss {loss:.4f}", lr, norm_text, tokens, mfu, skipped, eta]
+            self.say(one_line(parts, least_needed=[lr, mfu, norm_text, tokens, eta]))
         if self.bar is not None:
             self.bar.update()
+
+    def _shows(self, step: int) -> bool:
+        """Whether the console shows the update of a step; the files record all of them."""
+        is_first_or_last = step < self.start_step + FIRST_LINES or step == self.max_steps - 1
+        if self.log_every is not None:
+            return is_first_or_last or step % self.log_every == 0
+        is_silent = time.monotonic() - self.last_line > LONGEST_SILENCE
+        return is_first_or_last or is_silent or step % interval_of_lines(self.max_steps) == 0
 
     def log_validation(
         self, step: int, loss: float, bytes_per_token: float, tokens: int, seconds: float
@@ -116,8 +136,9 @@ class RunLog:
         self._add_result(step, "val", f"{loss:.4f}")
         bits = bits_per_byte(loss, bytes_per_token)
         self.add_record("val", step=step, loss=loss, bits_per_byte=bits, tokens=tokens, seconds=seconds)
-        per_byte = "" if bits is None else f" | {bits:.4f} bits per byte"
-        self.say(f"step {step:5d} | val loss {loss:.4f} | perplexity {perplexity(loss)}{per_byte}")
+        per_token, per_byte = f"perplexity {perplexity(loss)}", f"{bits:.4f} bits per byte" if bits else ""
+        parts = [f"step {step:5d}", f"val loss {loss:.4f}", per_token, per_byte]
+        self.say(one_line(parts, least_needed=[per_token, per_byte]))
 
     def log_hellaswag(self, step: int, num_correct: int, num_examples: int) -> None:
         """Records how many of the examples were answered correctly (acc_norm, completion style)."""
@@ -136,12 +157,14 @@ class RunLog:
     def draw_curves(self) -> None:
         """Draws curves.png from what has been recorded so far."""
         if self.is_master:
-            self._try("no curves.png", plot_run, self.log_dir)
+            with announced("drawing curves.png"):
+                self._try("no curves.png", plot_run, self.log_dir)
 
     def write_report(self) -> None:
         """Writes report.md about the finished run."""
         if self.is_master:
-            self._try("no report.md", write_report, self.log_dir)
+            with announced("writing report.md"):
+                self._try("no report.md", write_report, self.log_dir)
 
     def lost_files(self) -> list[str]:
         """The logs that are no longer in the log directory: it was removed or renamed during the run."""
@@ -157,7 +180,8 @@ class RunLog:
         if self.is_master:
             written = (pattern for pattern in RUN_FILES if any(self.log_dir.glob(pattern)))
             self.say(f"in {self.log_dir}/: {', '.join(written)}")
-            self.say(f"sample from it: python generate.py -m {quoted(model)} -p {quoted(prompt)}")
+            command = f"python generate.py -m {quoted(model)} -p {quoted(prompt)}"
+            self.say(f"sample from it: {command}", wrap=False)
 
     def sync(self) -> None:
         """Flushes the files to the disk, before a checkpoint that records their sizes."""
@@ -199,13 +223,30 @@ class RunLog:
             return False
 
 
+def interval_of_lines(max_steps: int) -> int:
+    """The largest of 1, 2, 5, 10, 20, 50, ... that gives a run at least a hundred lines, or else 1."""
+    intervals = [digit * 10**power for power in range(len(str(max_steps))) for digit in (1, 2, 5)]
+    return max((every for every in intervals if 100 * every <= max_steps), default=1)
+
+
+def one_line(parts: list[str], least_needed: list[str]) -> str:
+    """Those parts of a result that are not empty; where the line is too long, without the least needed."""
+    longest = min(LONGEST_LINE, line_width(sys.stdout))
+    for number in range(len(least_needed) + 1):
+        line = " | ".join(part for part in parts if part and part not in least_needed[:number])
+        if len(line) <= longest:
+            break
+    return line
+
+
 class Speed(NamedTuple):
-    """How fast one update was, and how long the rest will take."""
+    """How fast one update was, how fast the last 20 or so were, and how long the rest will take."""
 
     seconds: float
-    tokens_per_second: float
     mfu: float | None  # model FLOPs utilisation, the share of the devices' peak; None where that is unknown
-    eta: float  # seconds left, at a moving average of about 20 updates, without evaluations
+    recent_tokens_per_second: float
+    recent_mfu: float | None
+    eta: float  # seconds left, at the recent speed, with what evaluations and checkpoints have taken so far
 
 
 @dataclass
@@ -217,14 +258,27 @@ class Speedometer:
     flops_per_step: int
     peak_flops: float | None  # FLOP/s of all devices together, None if unknown
     average: float = 0.0  # seconds of an update: the mean of the first 20, then a moving average
+    between: float = 0.0  # seconds between updates so far: evaluations, samples, checkpoints
     steps_timed: int = 0
+    last_end: float = math.inf  # of an update, on time.perf_counter
 
     def measure(self, step: int, seconds: float) -> Speed:
-        """Adds the update of `step`, which took `seconds`."""
-        self.steps_timed += 1
+        """Adds the update of `step`, which took `seconds` and has just ended."""
+        now = time.perf_counter()
+        self.between += max(0.0, now - seconds - self.last_end)
+        self.steps_timed, self.last_end = self.steps_timed + 1, now
         self.average += (seconds - self.average) / min(self.steps_timed, 20)
-        mfu = self.flops_per_step / seconds / self.peak_flops if self.peak_flops else None
-        return Speed(seconds, self.tokens_per_step / seconds, mfu, (self.max_steps - step - 1) * self.average)
+        seconds_per_step = self.average + self.between / self.steps_timed
+        return Speed(
+            seconds,
+            self._mfu(seconds),
+            self.tokens_per_step / self.average,
+            self._mfu(self.average),
+            eta=(self.max_steps - step - 1) * seconds_per_step,
+        )
+
+    def _mfu(self, seconds: float) -> float | None:
+        return self.flops_per_step / seconds / self.peak_flops if self.peak_flops else None
 
 
 class Mirror(NamedTuple):

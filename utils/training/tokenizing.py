@@ -1,21 +1,22 @@
 """Which tokenizer a run uses, and texts in its tokens."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from utils.command_line import UserError
-from utils.console import warn
+from utils.console import announced, warn
 from utils.data_loader import TRAIN_SHARE
 from utils.distributed import Distributed
 from utils.shards.encoder import encode_one_by_one
 from utils.shards.format import find_all_shards
 from utils.shards.token_files import names_tokenizer
 from utils.shards.tokenizer import tokenizer_of
-from utils.tokenizer import END_OF_TEXT, Tokenizer, has_tiktoken, tokenizer_from_state
+from utils.tokenizer import END_OF_TEXT, Tokenizer, has_tiktoken, pieces_of, tokenizer_from_state
 from utils.tokenizer_json import read_tokenizer, train_bpe
 from utils.weights.checkpoint import Checkpoint
 
@@ -105,6 +106,13 @@ def has_end_of_text(state: dict[str, Any]) -> bool:
     return state["name"] != "char" and state.get("end_of_text", END_OF_TEXT) is not None
 
 
+def _counted(texts: Iterable[str], advance: Callable[[int], None]) -> Iterator[str]:
+    """The same texts; `advance` is called with the length of each after its use."""
+    for text in texts:
+        yield text
+        advance(len(text))
+
+
 def encode_texts(
     texts: Iterable[str], state: dict[str, Any], dist: Distributed, *, are_documents: bool
 ) -> tuple[Tokenizer, np.ndarray, int | None]:
@@ -116,7 +124,15 @@ def encode_texts(
     """
 
     def encode(texts: Iterable[str]) -> list[np.ndarray]:
-        return [encode_one_by_one(texts, tokenizer)] if are_documents else [*map(tokenizer.encode, texts)]
+        in_steps = are_documents or tokenizer.ranks is not None
+        is_read = isinstance(texts, list)  # else its length is not known yet
+        total = sum(map(len, texts)) if in_steps and is_read else None
+        with announced("tokenizing", total, " characters", shown=dist.is_master) as advance:
+            if are_documents:
+                return [encode_one_by_one(_counted(texts, advance), tokenizer)]
+            # A text in pieces, for the progress bar, where that is known to give the same ids.
+            pieces = chain.from_iterable(map(pieces_of, texts)) if in_steps else texts
+            return [*map(tokenizer.encode, _counted(pieces, advance))]
 
     if "json" not in state and "vocab_size" not in state:
         if state["name"] == "char" and "characters" not in state:
@@ -125,9 +141,12 @@ def encode_texts(
         return tokenizer, np.concatenate(encode(texts)), None
     train, val = train_share(texts)
     if "json" not in state:
-        state = dist.on_master(lambda: train_bpe(train, state["vocab_size"]))
+        size = state["vocab_size"]
+        with announced(f"training a BPE of {size:,} tokens", shown=dist.is_master):
+            state = dist.on_master(lambda: train_bpe(train, size))
     tokenizer = tokenizer_from_state(state)
     parts = encode(train)
     border = sum(map(len, parts))
-    rest = tokenizer.encode(val[0])  # of a text that begins in train
+    with announced("tokenizing", shown=dist.is_master):
+        rest = tokenizer.encode(val[0])  # of a text that begins in train
     return tokenizer, np.concatenate([*parts, rest, *encode(val[1:])]), border

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from utils.command_line import ArgumentParser, Unfinished, UserError, run_script
+from utils.console import announced
 from utils.files import temporary_name
 from utils.runtime import eval_mode
 from utils.tokenizer import END_OF_TEXT, Tokenizer, read_merges, token_strings, tokenizer_from_state
@@ -100,6 +101,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, block_size: int) -> str:
     return "vocab.json, merges.txt: GPT-2's tokenizer, for AutoTokenizer"
 
 
+@announced("writing the weights")
 def write_model(folder: Path, model: "GPT", tokenizer: Tokenizer, vocab_size: int) -> list[str]:
     """Writes all files and returns lines that describe them."""
     from safetensors.torch import save_file  # a dependency of transformers
@@ -118,6 +120,7 @@ def write_model(folder: Path, model: "GPT", tokenizer: Tokenizer, vocab_size: in
     ]
 
 
+@announced("comparing the logits with those of transformers")
 @torch.no_grad()
 def largest_difference(model: "GPT", folder: Path, vocab_size: int) -> float:
     """The largest difference between our logits and those of transformers, on random tokens.
@@ -177,7 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", metavar="MODEL", help=model_help)
     parser.add_argument("folder", type=Path, metavar="DIR", help="new folder for the model")
     args = parser.parse_args(argv)
-    export(GPT.load(args.checkpoint), args.folder.resolve())
+    with announced(f"loading {args.checkpoint}"):
+        model = GPT.load(args.checkpoint)
+    export(model, args.folder.resolve())
     print(f'in {args.folder}: AutoModelForCausalLM.from_pretrained("{args.folder}") loads it')
     return 0
 
