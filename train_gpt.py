@@ -22,7 +22,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +31,7 @@ from generate import sample_texts
 from gpt_model import GPT, GPTConfig
 from utils import runtime
 from utils.command_line import (
-    Diverged,
     Unfinished,
-    UserError,
-    format_duration,
     fraction,
     non_negative_float,
     non_negative_int,
@@ -48,7 +44,7 @@ from utils.console import announced
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed, environment_local_rank, join_job
 from utils.tokenizer_json import tokenizer_name
-from utils.training.data_source import Data, bytes_per_token
+from utils.training.data_source import bytes_per_token
 from utils.training.dry_run import Plan, dry_run
 from utils.training.eval_only import report_loss
 from utils.training.flags import (
@@ -69,22 +65,20 @@ from utils.training.micro_batch import (
     explain_out_of_memory,
     forward_backward,
     seed_dropout,
-    warm_up,
 )
 from utils.training.model_source import ModelFactory, load_model_and_data
 from utils.training.optimizers import make_optimizers
 from utils.training.resume import (
-    Identity,
     close_complete_run,
     find_checkpoint,
     identity_of,
     save_best,
     save_checkpoint,
     start_or_resume,
-    why_it_ended,
 )
 from utils.training.run_log import RunLog, Speedometer
-from utils.training.signals import Stopped, StopSignals
+from utils.training.session import Run, run_to_the_end
+from utils.training.signals import StopSignals
 from utils.training.state import TrainState
 from utils.weights.checkpoint import Checkpoint
 
@@ -319,24 +313,6 @@ def update(
     return loss, norm
 
 
-class Run(NamedTuple):
-    """Objects shared by the parts of the training loop."""
-
-    args: Namespace
-    dist: Distributed
-    stop: StopSignals
-    dtype: torch.dtype  # of matmuls, under autocast
-    state: TrainState
-    data: Data
-    train_loader: WindowLoader
-    val_loader: WindowLoader
-    val_bytes_per_token: float  # of the targets of an evaluation; 0 where nothing logs it
-    hellaswag: list[Any]  # tokenized examples; empty where HellaSwag is off
-    micro_steps: int  # of an update
-    plan: Plan
-    identity: Identity  # what a checkpoint must match
-
-
 def write_samples(run: Run, log: RunLog) -> None:
     """Samples continuations of the prompt, on rank 0."""
     if not run.dist.is_master:
@@ -370,9 +346,8 @@ def train(run: Run, log: RunLog) -> None:
         # Evaluations use the raw module, which shares the weights: no recompilation, no DDP hooks. `done`
         # goes into the checkpoint, so a run that is stopped in between repeats none and omits none.
         if progress.is_due("val", args.val_every, last=last):
-            batches_of_val = run.val_loader.val_batches(args.val_tokens)
-            num_windows = run.val_loader.num_val_windows(args.val_tokens)
-            loss = evaluate(state.model, batches_of_val, dist, run.dtype, poll, num_windows)
+            val_batches = run.val_loader.val_batches(args.val_tokens)
+            loss = evaluate(state.model, val_batches, dist, run.dtype, poll, run.num_val_windows)
             stop_on_non_finite_val_loss(loss, progress.step, state.newest_checkpoint)  # before it is logged
             tokens = progress.windows * args.seq_len
             log.log_validation(progress.step, loss, run.val_bytes_per_token, tokens, progress.seconds)
@@ -390,7 +365,7 @@ def train(run: Run, log: RunLog) -> None:
         if last or (progress.step > 0 and progress.is_due("checkpoint", args.checkpoint_every, last=last)):
             # After the evaluations, so that the checkpoint knows its val loss.
             saved = save_checkpoint(state, run.identity, args, log, dist)
-        if progress.step > 0 and progress.is_due("plot", args.val_every, last=last):
+        if progress.step > 0 and (last or progress.is_due("plot", args.val_every, last=last)):
             log.draw_curves()
         if last:
             break  # the log ends with an evaluation of the final weights, and they are saved
@@ -398,14 +373,12 @@ def train(run: Run, log: RunLog) -> None:
             progress.step, args.max_lr, args.min_lr, args.warmup_steps, args.max_steps, args.schedule,
             args.decay_fraction,
         )  # fmt: skip
-        is_first = speedometer.steps_timed == 0
-        with announced("the first update", shown=dist.is_master and is_first):
-            started = time.perf_counter()  # the clock covers the update and nothing else
-            loss, norm = update(
-                state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll, args.seed,
-                lambda i: run.train_loader.describe_batch(progress.windows, i, run.data.tokenizer.decode),
-            )  # fmt: skip
-            speed = speedometer.measure(progress.step, time.perf_counter() - started)
+        started = time.perf_counter()  # the clock covers the update and nothing else
+        loss, norm = update(
+            state, batches, lr, args.grad_clip, run.micro_steps, dist, run.dtype, poll, args.seed,
+            lambda i: run.train_loader.describe_batch(progress.windows, i, run.data.tokenizer.decode),
+        )  # fmt: skip
+        speed = speedometer.measure(progress.step, time.perf_counter() - started)
         memory = runtime.peak_memory_bytes(dist.device)
         rates, skipped = state.learning_rates(), state.spikes.num_skipped
         log.log_update(progress.step, loss, norm, rates, speed, skipped, memory)
@@ -463,65 +436,10 @@ def set_up(
     plan = Plan(args, model, train_loader, val_loader, micro_steps, dist, reasons)
     identity = identity_of(args, model, data, dist, dtype.value, compiled=compiles.value)
     loaders = (train_loader, val_loader)
-    num_targets = val_loader.num_val_windows(args.val_tokens) * args.seq_len
-    is_logged = dist.is_master and args.val_every
-    val_bytes = bytes_per_token(val_loader, num_targets, data.tokenizer) if is_logged else 0.0
-    rest = (val_bytes, hellaswag, micro_steps, plan, identity)
+    windows, is_logged = val_loader.num_val_windows(args.val_tokens), dist.is_master and args.val_every
+    val_bytes = bytes_per_token(val_loader, windows * args.seq_len, data.tokenizer) if is_logged else 0.0
+    rest = (windows, val_bytes, hellaswag, micro_steps, plan, identity)
     return Run(args, dist, stop, dtype.value, state, data, *loaders, *rest)
-
-
-def run_to_the_end(run: Run, lines: list[str]) -> int:
-    """Trains from the current state, and returns the exit code; `lines` are printed after the plan."""
-    args, dist, state, started = run.args, run.dist, run.state, time.perf_counter()
-    step = state.progress.step
-    steps = dict(max_steps=args.max_steps, start_step=step, log_every=args.log_every)
-    with RunLog(args.log_dir, is_master=dist.is_master, **steps) as log:
-        for line in run.plan.lines() + lines:
-            log.say(line)
-        if warning := run.plan.space_warning():
-            log.warn(warning)
-        record = dict(settings=run.identity.settings, environment=run.identity.environment)
-        record.update(step=step, reasons=run.plan.reasons, parameters=state.model.num_parameters())
-        record.update(model=run.identity.config)
-        log.log_start(record, tensorboard=args.tensorboard, wandb=args.wandb)
-        try:
-            compiled = run.identity.environment["compiled"]
-            if compiled or not dist.is_alone:
-                shape = (args.micro_batch, args.seq_len)
-                with announced("compiling" if compiled else "warming up", shown=dist.is_master):
-                    seconds = warm_up(state.trained_model, *shape, run.dtype, dist.device)
-                if compiled:
-                    log.say(f"compiled in {seconds:.0f} s, which is in no step's time")
-            run.stop.defer()
-            train(run, log)
-        except Stopped as stop:
-            if state.progress.step == 0:
-                log.say(f"{stop} before the first update: nothing to save")
-                return stop.exit_code
-            if not save_checkpoint(state, run.identity, args, log, dist):
-                hint = "make room on the disk; --resume continues from the checkpoint before"
-                raise Unfinished(f"{stop}, but could not save", hint) from stop
-            where = f"saved {args.log_dir} at step {state.progress.step}"
-            log.say(f"{stop}: {where}; run it again with --resume to continue")
-            log.draw_curves()  # last: all else is done if the process is killed meanwhile
-            return stop.exit_code
-        except Exception as error:
-            # The other ranks fail after this one: the message must say which failed first, and where.
-            if not (dist.is_alone or isinstance(error, UserError)):
-                print(f"rank {dist.rank} failed at step {state.progress.step}:", file=sys.stderr, flush=True)
-            if isinstance(error, Diverged) and dist.is_alone:  # other ranks' exits may end this one
-                log.draw_curves()
-            raise
-        if lost := log.lost_files():
-            what = f"{args.log_dir} was removed or renamed during the run: it lacks {', '.join(lost)}"
-            raise Unfinished(what, f"the weights are in {state.newest_checkpoint}; the rest is where it went")
-        log.write_report()
-        memory = runtime.peak_memory_bytes(dist.device) / 1e9
-        log.say(f"done in {format_duration(time.perf_counter() - started)}, peak memory {memory:.2f} GB")
-        log.say_what_was_written(state.newest_checkpoint, args.sample_prompt)
-        if state.progress.step < args.max_steps:
-            log.say(why_it_ended(state.progress, args))
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -554,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
                 stop.defer()  # a signal must not end it within a file
                 close_complete_run(run.state, args, dist)
                 return 0
-            return run_to_the_end(run, lines)
+            return run_to_the_end(run, lines, train)
 
 
 if __name__ == "__main__":

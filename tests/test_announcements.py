@@ -53,7 +53,7 @@ def test_every_long_part_of_training_is_announced(impatient, text_file, tmp_path
     setting_up = [f"reading {text_file}", "training a BPE of 300 tokens", "tokenizing"]
     setting_up += ["initialising the weights", "reading HellaSwag", "tokenizing HellaSwag"]
     setting_up += ["reading the evaluated tokens"]
-    loop = ["evaluating", "HellaSwag", "the first update", "saving model_best.pt", "sampling"]
+    loop = ["evaluating", "HellaSwag", "saving model_best.pt", "sampling"]
     loop += ["saving a checkpoint", "drawing curves.png", "writing report.md"]
     found = announcements(capsys)
     assert [part for part in found if part in setting_up] == setting_up

@@ -259,7 +259,7 @@ def test_torchrun_restarts_from_the_last_checkpoint(short_text, tmp_path, jobs):
 @pytest.mark.slow
 def test_workers_stop_when_their_launcher_is_killed(short_text, tmp_path):
     """After SIGKILL of torchrun they save and exit within seconds."""
-    process = torchrun(2, short_text, tmp_path, "--max-steps", "100000", "--warmup-steps", "2")
+    process = torchrun(2, short_text, tmp_path, "--max-steps", "100000", "--log-every", "1")
     for line in process.stdout:
         if "step     3 |" in line:
             break

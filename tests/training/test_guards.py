@@ -15,6 +15,7 @@ from utils.command_line import Diverged, UserError
 from utils.distributed import Distributed
 from utils.training.guards import WINDOW, SpikeFilter, stop_on_divergence
 from utils.training.run_log import RunLog, Speed
+from utils.training.session import Run
 from utils.training.state import TrainState
 
 UNSCALED = torch.amp.GradScaler("cpu", enabled=False)
@@ -126,7 +127,7 @@ def test_samples_of_a_model_with_non_finite_logits_are_skipped(text_file, tmp_pa
     """With one line; the run continues."""
     real = train_gpt.write_samples
 
-    def broken(run: train_gpt.Run, log: RunLog) -> None:
+    def broken(run: Run, log: RunLog) -> None:
         weight = run.state.model.transformer.ln_f.weight
         kept = weight.detach().clone()
         weight.data.fill_(float("nan"))

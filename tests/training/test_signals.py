@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 def start(text_file: Path, log_dir: Path, *flags: str) -> subprocess.Popen:
     """Starts the script as a process in a session of its own; its output is a pipe."""
-    arguments = (*RESUMABLE, "--data", text_file, "--log-dir", log_dir, *flags)
+    arguments = (*RESUMABLE, "--log-every", "1", "--data", text_file, "--log-dir", log_dir, *flags)
     return subprocess.Popen(
         [sys.executable, ROOT / "train_gpt.py", *arguments],
         env={**os.environ, **OFFLINE},

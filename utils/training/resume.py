@@ -172,6 +172,23 @@ def restore_log_dir(log_dir: Path, log: RunLog) -> None:
         log_dir.mkdir(parents=True)
 
 
+@announced("reading the checkpoint")
+def read_checkpoint(name: str, log_dir: Path) -> Checkpoint | None:
+    """What --resume names: a file, a folder, or "newest", which is None where the log directory is empty."""
+    if name == "newest":
+        return newest_complete(log_dir)
+    path = Path(name)
+    if path.is_dir():
+        if checkpoint := newest_complete(path):
+            return checkpoint
+        hint = "name the log directory of a run; --resume alone continues that in --log-dir"
+        raise UserError(f"{name} has no model_*.pt to resume from", hint)
+    if path.name == best_path(log_dir).name:
+        hint = f"--resume alone continues from the newest checkpoint; --init-from {quoted(name)}"
+        raise UserError(f"{name} holds weights only", f"{hint} starts a new run from these weights")
+    return load_pair(path)
+
+
 def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str]) -> Checkpoint | None:
     """Reads the checkpoint that --resume asks for; None for a fresh start.
 
@@ -185,22 +202,8 @@ def find_checkpoint(args: Namespace, dist: Distributed, reasons: dict[str, str])
         args.resume = "newest"
     found: list[Checkpoint | None] = [None]
 
-    @announced("reading the checkpoint")
     def read() -> Checkpoint | None:
-        if args.resume == "newest":
-            found[0] = newest_complete(args.log_dir)
-        elif args.resume is not None and Path(args.resume).is_dir():
-            found[0] = newest_complete(Path(args.resume))
-            if found[0] is None:
-                hint = "name the log directory of a run; --resume alone continues that in --log-dir"
-                raise UserError(f"{args.resume} has no model_*.pt to resume from", hint)
-        elif args.resume is not None and Path(args.resume).name == best_path(args.log_dir).name:
-            hint = f"--resume alone continues from the newest checkpoint; --init-from {quoted(args.resume)}"
-            raise UserError(
-                f"{args.resume} holds weights only", f"{hint} starts a new run from these weights"
-            )
-        elif args.resume is not None:
-            found[0] = load_pair(Path(args.resume))
+        found[0] = None if args.resume is None else read_checkpoint(args.resume, args.log_dir)
         return found[0] and found[0].without_tensors()
 
     outline = dist.on_master(read)  # rank 0's: ranks that decided differently would wait for each other
