@@ -87,7 +87,8 @@ def read_prompt(argument: str | None) -> str:
     """The prompt that -p names: None or `-` is standard input, `FILE:path` a file, anything else is text."""
     if argument is not None and argument.startswith("FILE:"):
         path = Path(os.path.expanduser(argument[len("FILE:") :]))
-        if "\0" not in argument and not path.exists() and (close := similar_file(path)):
+        close = None if "\0" in argument or os.path.exists(path) else similar_file(path)
+        if close and close.is_file():
             raise UserError(f"cannot read {path}: no such file", f"did you mean -p FILE:{quoted(close)}?")
         return read_text(path, flag="-p FILE:")
     name = "standard input" if argument in (None, "-") else "-p"
@@ -126,7 +127,8 @@ def interact(
 def read_line(question: str) -> str:
     """A line typed at the terminal, with a history and cursor keys where Python has readline.
 
-    "" at the end of input. What Ctrl-C and Ctrl-D leave in the line is ended.
+    Returns "" at the end of input. After Ctrl-C and Ctrl-D, which leave the cursor behind the prompt, it
+    prints a line break.
     """
     with suppress(ImportError):  # not every Python has it
         import readline  # noqa: F401 - input() uses it once it is imported

@@ -11,12 +11,14 @@ import build_fineweb_edu_shards
 import eval_hellaswag
 import generate
 import train_gpt
+from gpt_model import PRETRAINED_CONFIGS
 from tests.conftest import ROOT
 from utils.command_line import ArgumentParser, UserError, positive_int
 from utils.distributed import Distributed
 from utils.shards.local_files import find_files
 from utils.suggestions import FORMER_FLAGS, similar, similar_file
-from utils.training.data_source import fetch
+from utils.training.data_source import fetch, open_data
+from utils.weights.find_model import find_model
 
 PARSERS = {
     "train": train_gpt.flag.parser.parse_args,
@@ -63,6 +65,11 @@ def hint(script: str, *arguments: str) -> str:
         ("shards", "a.txt", "--input a.txt"),
         ("train", "--compile=False", "--no-compile, without a value"),
         ("train", "--eval_only=True", "--eval-only, without a value"),
+        ("train", "--eval_only=False", "to leave out --eval-only"),
+        ("train", "--wandb_log=False", "--wandb (left out: it is off by default)"),
+        ("train", "gpt2-xl", "--init-from gpt2-xl"),
+        ("generate", "gpt2", "--model-name gpt2"),
+        ("generate", "tests", "--model-name tests"),
         ("train", "--preset chr", "--preset char"),
         ("train", "--recipe faithfull", "--recipe faithful"),
         ("train", "--optimizer AdamW", "--optimizer adamw"),
@@ -175,6 +182,34 @@ def test_a_missing_folder_is_answered_with_the_similar_one(tmp_path):
     with pytest.raises(UserError) as caught:
         find_files([str(tmp_path / "corpus" / "*.text")])  # a pattern is no misspelled name
     assert "did you mean" not in caught.value.hint
+
+
+def test_a_broken_link_is_not_answered_with_itself(tmp_path, monkeypatch):
+    """By none of the flags that take a file."""
+    monkeypatch.chdir(tmp_path)
+    Path("broken.txt").symlink_to("nowhere")
+    requests = {
+        "--data": lambda: open_data(fetch("broken.txt", Distributed("cpu")), "gpt2", 8, Distributed("cpu")),
+        "--input": lambda: find_files(["broken.txt"]),
+        "-p": lambda: generate.read_prompt("FILE:broken.txt"),
+        "-m": lambda: find_model("broken.txt", PRETRAINED_CONFIGS),
+    }
+    for flag, request in requests.items():
+        with pytest.raises(UserError) as caught:
+            request()
+        assert "did you mean" not in caught.value.hint, flag
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "b" * 300 + "/c.txt"])
+def test_a_name_too_long_for_the_system_is_an_error_in_two_lines(name):
+    """Of every flag that takes a path."""
+    flags = {"train": ("--data", "--tokenizer", "--init-from", "--log-dir", "--resume")}
+    flags |= {"generate": ("-m",), "hellaswag": ("-m",), "shards": ("--input", "--tokenizer", "--output-dir")}
+    for script, of_script in flags.items():
+        for flag in of_script:
+            assert "--help lists the flags" in hint(script, flag, name)
+    with pytest.raises(UserError, match="File name too long"):
+        generate.read_prompt(f"FILE:{name}")
 
 
 def test_similar_words():

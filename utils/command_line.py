@@ -6,6 +6,7 @@ finished; 2 the user must change something (flag, file, device, missing resource
 """
 
 import argparse
+import errno
 import math
 import os
 import re
@@ -207,8 +208,10 @@ class ArgumentParser(argparse.ArgumentParser):
         if found := re.search(r"argument (\S+): ignored explicit argument '(.*)'", message):
             flag, value = found.groups()
             opposite = flag.replace("--", "--no-", 1)
-            is_off = value.lower() in ("false", "off", "0") and opposite in self._option_string_actions
-            meant = f"{opposite if is_off else flag}, without a value"
+            meant = f"{flag}, without a value"
+            if value.lower() in ("false", "off", "0"):
+                has_opposite = opposite in self._option_string_actions
+                meant = f"{opposite}, without a value" if has_opposite else f"to leave out {flag}"
         self._refuse(message, meant)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -234,7 +237,13 @@ def path_text(text: str) -> str:
     """A path, or a name such as gpt2; `~` is the home folder, also after `=`, where the shell leaves it."""
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no file name has")
-    return os.path.expanduser(text)
+    path = os.path.expanduser(text)
+    try:
+        os.stat(path)
+    except OSError as error:  # of any other kind: whoever uses the path knows what it is for
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(f"{shown(text)}: {error.strerror}") from error
+    return path
 
 
 def positive_float(text: str) -> float:

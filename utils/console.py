@@ -248,7 +248,9 @@ def announced(
 
                 form = "{l_bar}{bar}| {n_fmt}/{total_fmt}{unit}, {remaining} left"
                 numbers = dict(total=total, initial=done, unit=unit, unit_scale=total > 9999)
-                bar = tqdm(desc=activity, leave=False, dynamic_ncols=True, bar_format=form, **numbers)
+                bar = tqdm(
+                    desc=printable(activity), leave=False, dynamic_ncols=True, bar_format=form, **numbers
+                )
             else:
                 say(f"{activity} ...", stream="stderr")
 

@@ -25,6 +25,7 @@ FORMER_FLAGS: dict[str, tuple[str, ...]] = {
     "init_from": ("--model-name",),
     "model_type": ("--model-name", "--init-from"),
     "start": ("--prompt",),
+    "wandb_log=False": ("--wandb (left out: it is off by default)",),
     "wandb_log": ("--wandb (without a value)",),
     "config/*.py": ("--preset (with flags: there are no configuration files)",),
 }
@@ -43,13 +44,14 @@ def similar(word: str, choices: Iterable[str]) -> str | None:
 
 def similar_file(path: Path) -> Path | None:
     """What exists and is written most like a path that does not: its name, or the name of its folder."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # Path.is_dir raises where a folder may not be read
         folder = similar_file(path.parent) if path.parent != path else None
-        return folder / path.name if folder and (folder / path.name).exists() else None
+        return folder / path.name if folder and os.path.exists(folder / path.name) else None
     try:
         names = os.listdir(path.parent)[:MOST_NAMES]
     except OSError:
         return None
+    names = [name for name in names if name != path.name]  # a broken link is listed
     name = similar(path.name, names)
     return path.parent / name if name else None
 
@@ -86,8 +88,10 @@ def _flag_for(value: str, flags: list[str]) -> str | None:
     if value.endswith(".py"):
         return next((text for text in FORMER_FLAGS["config/*.py"] if text.split()[0] in flags), None)
     takes = ("--prompt",)
-    if value.endswith(".pt"):
+    if value.endswith(".pt") or value.startswith("gpt2"):
         takes = ("--model-name", "--init-from")
+    elif os.path.isdir(value):
+        takes = ("--model-name", "--data", "--input")
     elif "." in value or os.path.exists(value):
         takes = ("--data", "--input", "--prompt")
     return next((f"{flag} {shlex.quote(value)}" for flag in takes if flag in flags), None)

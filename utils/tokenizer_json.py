@@ -102,7 +102,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
     Its end-of-text token is the eos_token of the tokenizer_config.json beside it, else <|endoftext|>, if it
     has that. Raises UserError if the file is missing, damaged or of another kind.
     """
-    path = path / FILE_NAME if path.is_dir() else path
+    path = path / FILE_NAME if os.path.isdir(path) else path
     text, eos_token = read_text(path, flag="--tokenizer"), None
     if problem := find_problem(text):
         raise UserError(f"{path} is not a {FILE_NAME}: {problem}", "restore the file, or use another one")

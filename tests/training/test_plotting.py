@@ -206,6 +206,12 @@ def test_odd_values_are_drawn(last, tmp_path):
     runs.append(log_only(tmp_path / "zero", f"0 val {last}\n0 train 0.0\n"))
     record = dict(kind="val", step=0, loss=0.0, tokens=0, seconds=0.0, bits_per_byte="x")
     (runs[-1] / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    runs.append(log_only(tmp_path / "rounded", f"0 val 4.0\n2 val {last}\n2 train 1.0\n"))  # memorised
+    records = [
+        dict(record, loss=4.0, bits_per_byte=2.0),
+        dict(record, step=2, loss=3e-5, bits_per_byte=1.5e-5),
+    ]
+    (runs[-1] / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for chosen in (runs, *([run] for run in runs)):
         assert plot_comparison(chosen, tmp_path / "x.png").exists()
     assert all(math.isfinite(limit) for axis in comparison_figure(runs).axes for limit in axis.get_ylim())

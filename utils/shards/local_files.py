@@ -112,17 +112,17 @@ def describe_left_out(left_out: LeftOut) -> str:
 def _matches_of(pattern: str) -> Iterator[Path]:
     """What a glob matches, in order. Its existing first part is taken as it is: it may contain brackets."""
     path = Path(pattern)
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
+    folder = next((parent for parent in path.parents if os.path.isdir(parent)), Path())
     rest = str(path.relative_to(folder))
     return (folder / name for name in sorted(glob.glob(rest, root_dir=folder, recursive=True)))
 
 
 def _files_of(path: Path, left_out: LeftOut) -> list[Path]:
     """The path itself, or the corpus files in a folder and below, sorted; adds the others to `left_out`."""
-    if not path.is_dir():
-        if not path.is_file():
+    if not os.path.isdir(path):  # Path.is_dir raises where a folder may not be read
+        if not os.path.isfile(path):
             left_out.setdefault(SPECIAL, []).append(path)
-        return [path] if path.is_file() else []
+        return [path] if os.path.isfile(path) else []
     files, visited = [], set()
     folders, links = [path], []  # links last: a folder is found under its own name where it has one here
     while folders or links:

@@ -52,7 +52,9 @@ def run_figure(log_dir: Path) -> "Figure | None":
     panels = dict(zip(heights, rows.flatten()))
     _draw_losses(panels["loss"], curves, records)
     if norms:
-        _draw_norms(panels["norm"], *zip(*norms), start_of(records)["settings"].get("grad_clip"))
+        grad_clip = start_of(records)["settings"].get("grad_clip")
+        is_complete = len(updates) >= len(curves.get("train", ([],))[0])
+        _draw_norms(panels["norm"], *zip(*norms), grad_clip, is_complete=is_complete)
     if updates:
         _draw_learning_rates(panels["rates"], updates)
     if "hella" in curves:
@@ -136,15 +138,17 @@ def _draw_val_losses(axis: "Axes", steps: Sequence[int], losses: Sequence[float]
     axis.plot(steps[best], losses[best], label=label, **style)
 
 
-def _draw_norms(axis: "Axes", steps: Sequence[int], norms: Sequence[float], grad_clip: object) -> None:
-    """Gradient norms before clipping, and the norm to which they are clipped."""
+def _draw_norms(
+    axis: "Axes", steps: Sequence[int], norms: Sequence[float], grad_clip: object, *, is_complete: bool
+) -> None:
+    """Gradient norms before clipping, the norm to which they are clipped, and the highest if all are here."""
     axis.plot(*decimated(steps, norms), color="tab:brown", linewidth=0.7)
     shown = norms if len(norms) < SHORT else typical(after_steep_part(norms))
     set_limits(axis, [shown, [0.0]], max(norms))
     if is_number(grad_clip) and grad_clip <= axis.get_ylim()[1]:
         va = "bottom" if grad_clip < 0.8 * axis.get_ylim()[1] else "top"
         draw_reference(axis, f"clipped to {grad_clip:g}", grad_clip, side="right", va=va)
-    axis.set_ylabel(f"gradient norm\n(highest {max(norms):.3g})")
+    axis.set_ylabel("gradient norm" + (f"\n(highest {max(norms):.3g})" if is_complete else ""))
 
 
 def _draw_learning_rates(axis: "Axes", updates: list[dict[str, Any]]) -> None:

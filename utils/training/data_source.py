@@ -1,6 +1,7 @@
 """Which data to train on, and its streams: shards, texts, or a download."""
 
 import hashlib
+import os
 import platform
 from collections.abc import Iterable
 from itertools import chain, islice
@@ -68,7 +69,7 @@ def choose_source(requested: str | None) -> Source:
     if requested is not None:
         path = Path(requested)
         kind = "text" if is_text(kind_of(path) or "text") else "records"
-        if path.is_dir():
+        if os.path.isdir(path):  # Path.is_dir raises where a folder may not be read
             kind = "texts" if holds_texts(path) else "shards"
         return Source(kind, path, "--data")
     if find_shards(SHARDS_DIR, "train"):
@@ -93,7 +94,7 @@ def fetch(requested: str | None, dist: Distributed) -> Source:
         except OSError as error:
             warn(f"cannot download Tiny Shakespeare ({error}); put any text into {source.path}")
     dist.barrier()  # for every kind of source: another machine may have chosen another one
-    if requested and not source.path.exists() and (close := similar_file(source.path)):
+    if requested and not os.path.exists(source.path) and (close := similar_file(source.path)):
         raise UserError(f"cannot read {requested}: no such file", f"did you mean --data {quoted(close)}?")
     if source.kind != "download":
         return source

@@ -55,7 +55,7 @@ class LoggedRun(NamedTuple):
     name: str
     curves: dict[str, tuple[list[int], list[float]]]  # log.txt
     records: list[dict[str, Any]]  # metrics.jsonl, without the updates
-    vals: list[dict[str, Any]]  # the validations of log.txt, with what else metrics.jsonl has of them
+    vals: list[dict[str, Any]]  # the validations of log.txt, exact where metrics.jsonl has them
     settings: dict[str, Any]  # empty if they are not recorded
 
 
@@ -117,7 +117,7 @@ def _read(log_dir: Path) -> LoggedRun:
     # log.txt decides which validations there are: a resumed run cuts it back, and it is what people copy.
     known = {record["step"]: record for record in records if record["kind"] == "val"}
     steps, losses = curves.get("val", ((), ()))
-    vals = [{**known.get(step, {}), "step": step, "loss": loss} for step, loss in zip(steps, losses)]
+    vals = [{"loss": loss, **known.get(step, {}), "step": step} for step, loss in zip(steps, losses)]
     settings = start_of(records)["settings"]
     name = drawable(log_dir, LONGEST_NAME)
     return LoggedRun(name, curves, records, vals, {**BEFORE, **settings} if settings else {})
@@ -129,7 +129,7 @@ def _tokens_differ(runs: list[LoggedRun]) -> bool:
     if not records or not all(record.get("bits_per_byte") for record in records):
         return False
     ratios = [record["loss"] / record["bits_per_byte"] for record in records]
-    return max(ratios) > 1.001 * min(ratios)  # losses in log.txt are rounded
+    return max(ratios) > 1.001 * min(ratios)  # they also differ a little with --val-tokens
 
 
 def settings_that_differ(settings: Sequence[dict[str, Any]]) -> list[str]:

@@ -277,7 +277,7 @@ def optimizer_file(path: Path) -> UserError:
 
 def missing_file(path: Path) -> UserError:
     """The error for a missing checkpoint; the hint names one of the same step or a similar name."""
-    models = model_files(path.parent)
+    models = [model for model in model_files(path.parent) if model != path]  # a broken link is listed
     close = next((model for model in models if step_of(model) == step_of(path)), None)
     if close is None and step_of(path) < 0:  # another step is no typing error
         close = similar_model(path)

@@ -1,11 +1,12 @@
 """Finds the model that a name means: a GPT-2 size, a checkpoint, the folder of a run or of transformers."""
 
+import math
 import os
-import sys
 from collections.abc import Collection
 from pathlib import Path
 
 from utils.command_line import UserError
+from utils.console import say
 from utils.distributed import environment_rank
 from utils.suggestions import similar
 from utils.text_files import quoted
@@ -30,9 +31,9 @@ def find_model(source: str | Path, sizes: Collection[str]) -> str | Path:
     if str(source) in sizes:
         return str(source)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a folder may not be read
         return path if (path / "config.json").exists() else newest_of_run(path)
-    if path.exists():
+    if os.path.exists(path):
         if path.name.startswith("optimizer_") and step_of(path) >= 0:
             raise optimizer_file(path)
         return path
@@ -44,28 +45,34 @@ def find_model(source: str | Path, sizes: Collection[str]) -> str | Path:
     raise UserError(f"unknown model {str(source)!r}; choose {', '.join(sizes)}", hint)
 
 
+def newest_in(folder: Path) -> Path | None:
+    """The checkpoint of the highest step in the folder of a run, else its model_best.pt, else None."""
+    best = best_path(folder)
+    return newest_model_file(folder) or (best if best.exists() else None)
+
+
 def newest_of_run(folder: Path) -> Path:
     """The checkpoint of the highest step in the folder of a run. Raises UserError if there is none.
 
     Names it on stderr, with model_best.pt if that is of another step.
     """
-    best = best_path(folder)
-    path = newest_model_file(folder) or (best if best.exists() else None)
+    best, path = best_path(folder), newest_in(folder)
     if path is None:
         runs = sorted({file.parent for file in folder.glob("*/model_*.pt")})
         hint = f"it holds runs: give {' or '.join(map(quoted, runs[:4]))}" if runs else WHAT_TO_GIVE
         what = f"{folder} is a folder without config.json, so not one of transformers, and without model_*.pt"
         raise UserError(what, hint)
     text = f"model: {path}"
-    if best.exists() and path != best and (step := saved_step(best)) != step_of(path):
+    step = saved_step(best) if best.exists() else math.inf  # infinite also for a damaged file
+    if path != best and step not in (step_of(path), math.inf):
         text += f" (the lowest val loss was at step {step}: {best})"
     if environment_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
+        say(text, stream="stderr", wrap=False)
     return path
 
 
 def newest_run(root: Path) -> Path | None:
     """Of log/ and the folders in runs/, the one with the newest checkpoint; None if there is none."""
     folders = (root / "log", *(root / "runs").glob("*"))
-    newest = {folder: path for folder in folders if (path := newest_model_file(folder))}
+    newest = {folder: path for folder in folders if (path := newest_in(folder))}
     return max(newest, key=lambda folder: newest[folder].stat().st_mtime, default=None)
