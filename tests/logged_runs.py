@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 SAMPLES = """--- step 20, sample 0
 an older text
 --- step 40, sample 0
@@ -52,3 +54,8 @@ def fake_run(log_dir: Path, *, hellaswag: bool = True, slower: float = 1.0, **se
     (log_dir / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (log_dir / "samples.txt").write_text(SAMPLES)
     return log_dir
+
+
+def labels_of(figure: Figure) -> list[str]:
+    """The entries of the legend."""
+    return [text.get_text().strip() for text in figure.legends[0].get_texts()]

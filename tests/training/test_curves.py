@@ -12,21 +12,15 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 import train_gpt
-from tests.logged_runs import fake_run
+from tests.logged_runs import fake_run, labels_of
 from tests.small_runs import stop_by_signal_in, train
 from utils.command_line import Diverged
 from utils.training.curves import plot_run, run_figure
 from utils.training.log_reader import read_log, read_metrics
 from utils.training.report import write_report
 from utils.training.state import TrainState
-
-
-def labels_of(figure: Figure) -> list[str]:
-    """The entries of the legend."""
-    return [text.get_text().strip() for text in figure.legends[0].get_texts()]
 
 
 def line_of(axis: Axes, label: str) -> tuple[list[float], list[float]]:

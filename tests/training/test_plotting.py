@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import train_gpt
-from tests.logged_runs import fake_run
+from tests.logged_runs import fake_run, labels_of
 from utils.command_line import UserError
 from utils.training import plotting
 from utils.training.flags import settings_of
@@ -22,11 +22,6 @@ from utils.training.plotting import comparison_figure, plot_comparison, settings
 from utils.training.report import write_report
 
 VAL, TRAIN = "val loss (nats per token)", "train loss, smoothed (nats per token)"
-
-
-def labels_of(figure: Figure) -> list[str]:
-    """The entries of the legend, one per run."""
-    return [text.get_text().strip() for text in figure.legends[0].get_texts()]
 
 
 def panels_of(figure: Figure) -> dict[tuple[str, str], Axes]:
