@@ -253,6 +253,17 @@ def test_short_work_is_not_announced(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_short_steps_that_add_up_are_announced_until_something_is_printed():
+    """The second one here, not the third; so the first line comes soon after the start of a script."""
+    code = (
+        "import time; from utils import console; console.LONG_SECONDS = 0.8\n"
+        "for name in ('reading', 'counting', 'sorting'):\n"
+        "    with console.announced(name): time.sleep(0.5)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"counting ...\n")
+
+
 def test_a_timer_that_is_too_late_says_nothing(monkeypatch, capsys):
     """It may be over while the work ends, too late to be cancelled."""
     timers = []

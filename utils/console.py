@@ -27,6 +27,7 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 lost_streams: dict[str, str] = {}  # name -> why nothing more can be written to it
 imports = ExitStack()  # closed when the imports of a script are done
+has_spoken = threading.Event()  # whether anything has been printed
 
 
 def begin_script() -> None:
@@ -203,6 +204,7 @@ def say(text: str, *, stream: str = "stdout", wrap: bool = True) -> None:
     else:
         print(text, file=file)
     file.flush()
+    has_spoken.set()
 
 
 def warn(text: str) -> None:
@@ -230,6 +232,7 @@ def announced(
 ) -> Iterator[Callable[[int], None]]:
     """Says on standard error what the block does, if that takes longer than two seconds.
 
+    Sooner where nothing has been printed since the start of the process: short steps add up.
     A line, or on a terminal a progress bar where `total` is known. Yields a function that counts how many of
     the `total` units are done. `shown` is False on ranks other than 0.
     """
@@ -261,7 +264,8 @@ def announced(
             if bar is not None:
                 bar.update(count)
 
-    timer = threading.Timer(LONG_SECONDS, appear)
+    silent = 0.0 if has_spoken.is_set() else time.monotonic() - PROCESS_START
+    timer = threading.Timer(max(LONG_SECONDS - silent, LONG_SECONDS / 8), appear)
     timer.daemon = True
     timer.start()
     try:
