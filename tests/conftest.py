@@ -27,6 +27,14 @@ from utils.training import run_log
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Marks by module: parts of the suite that one may want to run alone, or leave out.
+MARKS = {
+    "core": ("gpt_model", "data_loader", "fused_loss", "decoding", "dropout", "optimizers", "guards", "state")
+    + ("resume", "resume_settings", "checkpoint", "tokenization", "tokenizer"),
+    "distributed": ("distributed", "jobs"),
+    "benchmark": ("benchmarks",),
+}
+
 # Every proxy points at a closed port of this machine, so each use of the network fails at once.
 OFFLINE = {
     **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
@@ -40,6 +48,14 @@ OFFLINE = {
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # these models are too small to profit from more
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Adds the marks of `MARKS`."""
+    for item in items:
+        for mark, modules in MARKS.items():
+            if item.path.stem.removeprefix("test_") in modules:
+                item.add_marker(mark)
 
 
 def run(

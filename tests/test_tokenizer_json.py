@@ -266,7 +266,7 @@ def test_what_pads_cuts_or_surrounds_a_text_is_not_used(tmp_path, state):
         ("bpe:²", "expected bpe:N"),
         ("bpe:" + "9" * 5000, "expected bpe:N"),
         ("gtp2", "no file gtp2 .expected gpt2, char, bpe:N, or the path of a tokenizer.json"),
-        ("n" * 5000, "no file nnn"),
+        ("n" * 5000, "File name too long"),
         ("a\0b", "NUL"),
     ],
 )

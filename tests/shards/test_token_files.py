@@ -260,7 +260,14 @@ def test_ids_are_gpt2s_unless_a_tokenizer_is_named(tmp_path, capsys, name, warne
 # Runs
 
 
-@pytest.mark.parametrize("kind", ["bins", "datatrove", "one file of datatrove"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("bins", marks=pytest.mark.slow),
+        pytest.param("datatrove", marks=pytest.mark.slow),
+        "one file of datatrove",
+    ],
+)
 def test_a_run_on_foreign_token_files_resumes_bitwise(tmp_path, monkeypatch, no_pictures, kind):
     """Killed and resumed, it ends with the same bits; other tokens are refused, with what has changed."""
     tokens = (np.arange(900) * 7919 % 97).astype(np.uint16)

@@ -299,8 +299,13 @@ def test_an_error_of_all_ranks_is_printed_once(short_text, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "difference"),
     [
-        (("--warmup-steps", "3"), "--warmup-steps is 2 on rank 0, 3 on rank 1"),
-        (("--total-batch-tokens", "64"), "--total-batch-tokens is 128 on rank 0, 64 on rank 1"),
+        pytest.param(
+            *(("--warmup-steps", "3"), "--warmup-steps is 2 on rank 0, 3 on rank 1"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *(("--total-batch-tokens", "64"), "--total-batch-tokens is 128 on rank 0, 64 on rank 1"),
+            marks=pytest.mark.slow,
+        ),
         (("--val-every", "7", "--skip-spikes", "4"), "--skip-spikes is 0.0 on rank 0, 4.0 on rank 1; --val-"),
     ],
 )

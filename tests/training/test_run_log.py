@@ -192,7 +192,7 @@ def test_log_every_changes_nothing_but_the_console(short_text, undisturbed, tmp_
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("columns", [60, 200])
+@pytest.mark.parametrize("columns", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_terminal_shows_no_line_that_is_too_long(columns, text_file, tmp_path):
     """Start lines are continued with an indent, results are shortened; the bar counts all updates."""
     flags = ("--max-steps", "12", "--sample-every", "0")
