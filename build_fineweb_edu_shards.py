@@ -200,7 +200,7 @@ def build(args: Namespace, source: DocumentSource, manifest: Manifest, tokenizer
         units = dict(unit=" tokens", unit_scale=True, mininterval=seconds)
         with tqdm(total=expected_tokens, initial=manifest.num_tokens, **units) as bar:
             queue = queue_from(len(manifest.shards), bar.update)
-            pack(manifest, queue, args.max_shards, lambda number: bar.set_description(f"shard {number}"))
+            pack(manifest, queue, args.max_shards, lambda number: bar.set_description_str(f"shard {number}"))
 
 
 def read_sample(source: DocumentSource, text_field: str, bad_rows: str, position: Position) -> list[str]:
