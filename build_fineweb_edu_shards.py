@@ -12,7 +12,7 @@ are one sequence of tokens, which is cut into shards without a gap; shard 0 is v
 reason continues when the same command is run again, and produces the same bytes.
 """
 
-from utils.console import begin_script
+from utils.start import begin_script
 
 if __name__ == "__main__":
     begin_script()

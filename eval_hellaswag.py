@@ -13,7 +13,7 @@ Shapes: B examples, N tokens of the longest row, T nodes of the largest prefix t
 S scored tokens, U nodes that predict them.
 """
 
-from utils.console import begin_script
+from utils.start import begin_script
 
 if __name__ == "__main__":
     begin_script()

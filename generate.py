@@ -7,7 +7,7 @@
 From Python, `complete(GPT.load("log/model_01000.pt"), "To be, or not to be")` returns a text.
 """
 
-from utils.console import begin_script
+from utils.start import begin_script
 
 if __name__ == "__main__":
     begin_script()

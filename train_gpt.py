@@ -11,7 +11,7 @@ is. A preset is a small table of other defaults, and so is a recipe.
 Shapes: B micro-batch, T time (tokens of a window).
 """
 
-from utils.console import begin_script
+from utils.start import begin_script
 
 if __name__ == "__main__":
     begin_script()

@@ -20,7 +20,8 @@ from utils.console import CONTROLS, announced, printable, say, warn, wrapped
 # A script that prints more than any buffer holds, and then finishes its work: a file.
 SCRIPT = """
 import sys
-from utils.console import begin_script, lost_streams
+from utils.console import lost_streams
+from utils.start import begin_script
 begin_script()
 from utils.command_line import UserError, run_script
 def main():
@@ -116,13 +117,21 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(script):
 def test_ctrl_c_after_the_work_ends_without_a_traceback(register):
     """While Python shuts down, which takes a while with PyTorch."""
     code = (
-        "from utils.console import begin_script; begin_script()\n"
+        "from utils.start import begin_script; begin_script()\n"
         "import atexit, os, signal, sys, weakref; from utils.command_line import run_script\n"
         f"interrupt = lambda: os.kill(os.getpid(), signal.SIGINT); {register}\n"
         "sys.exit(run_script(lambda: print('done')))\n"
     )
     process = run("-c", code)
     assert (process.returncode, process.stdout, process.stderr) == (130, "done\n", "")
+
+
+def test_nothing_is_imported_before_ctrl_c_is_handled():
+    """An interrupt during an import would end in a traceback."""
+    code = (
+        "import sys; loaded = set(sys.modules); import utils.start; print(*sorted({*sys.modules} - loaded))"
+    )
+    assert run("-c", code).stdout.split() == ["utils", "utils.start"]
 
 
 def test_an_ignored_ctrl_c_stays_ignored():
@@ -150,7 +159,7 @@ def test_a_second_ctrl_c_ends_a_native_call(tmp_path):
     assert process.wait(timeout=5) == 130
 
 
-WORKER = "from utils.console import begin_script; begin_script(); print(1, flush=True); input()"
+WORKER = "from utils.start import begin_script; begin_script(); print(1, flush=True); input()"
 LAUNCHER = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WORKER!r}])"
 
 
@@ -294,7 +303,7 @@ def test_long_work_has_a_bar_on_a_terminal():
 
 IMPORTS = (
     "import sys, time; from utils import console; console.LONG_SECONDS = 0.2; sys.argv = ['dir/script.py']\n"
-    "console.begin_script(); time.sleep({}); from utils.command_line import run_script\n"
+    "console.prepare_console(); time.sleep({}); from utils.command_line import run_script\n"
     "sys.exit(run_script(lambda: time.sleep({})))"
 )
 

@@ -1,7 +1,7 @@
 """The terminal of a script: streams that may vanish, Ctrl-C at any moment, warnings.
 
 Standard output holds results only; warnings and progress go to standard error. Nothing here is slow to
-import: a script calls `begin_script` before its other imports.
+import: a script calls `begin_script` of utils/start.py before its other imports.
 """
 
 import os
@@ -30,20 +30,21 @@ imports = ExitStack()  # closed when the imports of a script are done
 has_spoken = threading.Event()  # whether anything has been printed
 
 
-def begin_script() -> None:
-    """From here on, Ctrl-C ends with exit code 130 and no traceback, also during slow imports.
+def prepare_console() -> None:
+    """What a script needs before its imports; called by `begin_script`.
 
-    `run_script` replaces this by KeyboardInterrupt, which removes unfinished files, as long as `main` runs.
-    A worker of torchrun receives SIGTERM when its launcher has died. A Python without the packages that every
-    script imports ends with two lines and exit code 2. On a terminal, slow imports are announced.
+    Ctrl-C ends with exit code 130; `run_script` replaces this by KeyboardInterrupt, which removes unfinished
+    files, as long as `main` runs. A worker of torchrun receives SIGTERM when its launcher has died. A Python
+    without the packages that every script imports ends with two lines and exit code 2. On a terminal, slow
+    imports are announced.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:  # closed: without this, the next file that is opened would become standard output
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    require_packages("torch", "numpy")
     handle_interrupt(lambda *_: os._exit(130))
+    require_packages("torch", "numpy")
     if launched_by_torchrun():
         threading.Thread(target=terminate_when_orphaned, args=(os.getppid(),), daemon=True).start()
     elif sys.stderr is not None and sys.stderr.isatty():

@@ -25,7 +25,7 @@ import gpt_model
 import train_gpt
 from utils import data_loader, distributed
 from utils.command_line import run_script
-from utils.console import begin_script
+from utils.start import begin_script
 from utils.training.state import TrainState
 from utils.weights import checkpoint
 

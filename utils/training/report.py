@@ -5,7 +5,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])  # where utils is, also if started by its path
-    from utils.console import begin_script
+    from utils.start import begin_script
 
     begin_script()
 
