@@ -93,12 +93,13 @@ def test_ctrl_c_saves(short_text, tmp_path):
 @pytest.mark.slow
 def test_a_closed_terminal_saves_unless_it_is_ignored(short_text, tmp_path):
     """SIGHUP saves and exits with 143; under nohup, which ignores it, the run continues to its end."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a nohup around the tests ignores it
     process = start(short_text, tmp_path / "a", "--max-steps", "100000")
     wait_for(process, "step     5 |")
     process.send_signal(signal.SIGHUP)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 143 and "received SIGHUP: saved" in out, error
-    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process = start(short_text, tmp_path / "b")
     signal.signal(signal.SIGHUP, earlier)
     wait_for(process, "step     1 |")
