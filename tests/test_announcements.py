@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from tests.conftest import ROOT
 from tests.small_runs import small_args
 from utils import tokenizer
 from utils.distributed import Distributed
-from utils.tokenizer import GPT2Tokenizer
+from utils.training import tokenizing
 from utils.training.data_source import choose_source, open_data
 from utils.weights import export
 
@@ -106,11 +109,20 @@ def test_every_long_part_of_hellaswag_is_announced(impatient, tmp_path, capsys, 
     assert found[3] == "scoring 4 examples"
 
 
-def test_a_text_is_tokenized_in_pieces_with_the_ids_of_the_whole(text_file, monkeypatch):
+@pytest.mark.parametrize("name", ["gpt2", "char"])
+def test_a_text_is_tokenized_in_pieces_with_the_ids_of_the_whole(name, text_file, monkeypatch):
     """So that a bar can show how far it is."""
-    source = choose_source(str(text_file))
+    source, counts = choose_source(str(text_file)), []
+
+    @contextmanager
+    def counted(activity: str, *_: Any, **options: Any) -> Iterator[Callable[[int], None]]:
+        yield counts.append
+
     monkeypatch.setattr(tokenizer, "PIECE_CHARACTERS", 50)
-    data = open_data(source, {"name": "gpt2"}, 4, Distributed(torch.device("cpu")))
+    monkeypatch.setattr(tokenizing, "announced", counted)
+    data = open_data(source, {"name": name}, 4, Distributed(torch.device("cpu")))
     tokens = [*data.train.tokens, *data.val.tokens]
     monkeypatch.undo()
-    assert tokens == GPT2Tokenizer().encode(text_file.read_text()).tolist()
+    text = text_file.read_text()
+    assert tokens == data.tokenizer.encode(text).tolist()
+    assert len(counts) > 10 and sum(counts) == len(text)

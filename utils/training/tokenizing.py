@@ -124,7 +124,7 @@ def encode_texts(
     """
 
     def encode(texts: Iterable[str]) -> list[np.ndarray]:
-        in_steps = are_documents or tokenizer.ranks is not None
+        in_steps = are_documents or tokenizer.ranks is not None or knows_all
         is_read = isinstance(texts, list)  # else its length is not known yet
         total = sum(map(len, texts)) if in_steps and is_read else None
         with announced("tokenizing", total, " characters", shown=dist.is_master) as advance:
@@ -134,8 +134,9 @@ def encode_texts(
             pieces = chain.from_iterable(map(pieces_of, texts)) if in_steps else texts
             return [*map(tokenizer.encode, _counted(pieces, advance))]
 
+    knows_all = state["name"] == "char" and "characters" not in state  # and has nothing to warn of
     if "json" not in state and "vocab_size" not in state:
-        if state["name"] == "char" and "characters" not in state:
+        if knows_all:
             state = {**state, "characters": "".join(sorted(set(*texts)))}
         tokenizer = tokenizer_from_state(state)
         return tokenizer, np.concatenate(encode(texts)), None
