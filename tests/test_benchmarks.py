@@ -261,6 +261,7 @@ def test_the_faithful_recipe_has_its_best_rate_and_the_fast_one_its_shortest_suf
     assert "seed -9: no fast run reaches 3.4000" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_training_run_that_fails_ends_the_comparison():
     """With its command and its message."""
     with pytest.raises(Unfinished, match="train_gpt.py --max-steps 0 ended with exit code 2") as caught:
@@ -413,6 +414,7 @@ def prepare_failing() -> tuple[torch.device, Callable[[], None]]:
     raise SystemExit(7)
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_is_named():
     """The error names the implementation and the exit code, and nothing waits for ever."""
     process = BenchmarkProcess("mine", prepare_failing)
@@ -552,6 +554,7 @@ def test_the_recipes_on_a_card_run_at_toy_size(tmp_path: Path):
     assert bar["value"] == (part["figures"]["share_of_tokens"] or {}).get("highest")
 
 
+@pytest.mark.slow
 def test_a_command_is_ended_at_its_limit_with_all_it_has_started(tmp_path: Path):
     """A part that hangs disturbs no later one, and its output is kept; one that ends has its exit code."""
     grandchild = "import time; time.sleep(60)"

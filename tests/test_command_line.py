@@ -201,6 +201,7 @@ def test_bytes_and_perplexities_as_text():
     )
 
 
+@pytest.mark.slow
 def test_generate_reports_user_errors(tmp_path):
     """A missing checkpoint or an invalid setting: exit code 2 and two lines."""
     for arguments, message in (
@@ -214,6 +215,7 @@ def test_generate_reports_user_errors(tmp_path):
         assert "hint: " in process.stderr and "Traceback" not in process.stderr
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_downloaded_are_a_user_error(tmp_path):
     """Exit code 2 with a hint within seconds, where there is neither a file nor a network."""
     started = time.monotonic()

@@ -134,6 +134,7 @@ def test_nothing_is_imported_before_ctrl_c_is_handled():
     assert run("-c", code).stdout.split() == ["utils", "utils.start"]
 
 
+@pytest.mark.slow
 def test_an_ignored_ctrl_c_stays_ignored():
     """As a shell starts jobs in the background."""
     code = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"

@@ -328,6 +328,7 @@ with distributed.join_job(torch.device("cpu"), 60) as dist:
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_count_what_one_rank_counts(tmp_path):
     """Seven examples, four on one rank and three on the other: equal counts, and equally many polls.
 
@@ -456,6 +457,7 @@ def test_an_unlabelled_split_needs_a_file_for_its_predictions(checkpoint, tmp_pa
     assert "4/4\n" in process.stdout and "acc" not in process.stdout
 
 
+@pytest.mark.slow
 def test_errors_of_the_user_are_two_lines(checkpoint, tmp_path):
     """No data and no network, a character model, a malformed row, an unwritable --output, broken weights."""
     folder = tmp_path / "chars"

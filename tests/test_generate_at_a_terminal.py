@@ -100,6 +100,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_program(start):
     assert terminal.exit_code() == 0 and "Traceback" not in terminal.shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_is_130_with_one_line(start):
     """On a line of its own, without a traceback; what was typed is dropped."""
     terminal = start()
@@ -111,6 +112,7 @@ def test_ctrl_c_at_the_prompt_is_130_with_one_line(start):
     assert "Traceback" not in terminal.shown
 
 
+@pytest.mark.slow
 def test_the_arrow_keys_edit_and_recall_a_prompt(start):
     """Left moves in the line, up brings back an earlier one: the same greedy continuation as when typed."""
     pytest.importorskip("readline")

@@ -68,6 +68,7 @@ def test_help_needs_no_optional_package(script):
     assert "usage: " in process.stdout
 
 
+@pytest.mark.slow
 def test_training_without_tiktoken_and_matplotlib_uses_characters(text_file, tmp_path):
     """A warning each: characters instead of BPE tokens, and no curves.png."""
     flags = "--preset tiny --n-embd 16 --n-head 2 --n-layer 1 --max-steps 2 --seq-len 16".split()

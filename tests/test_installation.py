@@ -68,6 +68,7 @@ def test_one_missing_package_is_named(missing, named, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.slow
 def test_a_program_of_utils_starts_by_its_path_in_any_folder(program, tmp_path):
     """Its own errors, and a hint with the path by which it was started."""
     process = run(ROOT / program, cwd=tmp_path)

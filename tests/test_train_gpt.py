@@ -85,6 +85,7 @@ def test_a_run_writes_plot_samples_and_checkpoints(finished_run):
     assert "step    12 | loss " in process.stdout and " tok/s | eta " in process.stdout
 
 
+@pytest.mark.slow
 def test_generate_samples_from_a_checkpoint(finished_run):
     """With the checkpoint's tokenizer, and with the same text for the same seed."""
     _, log_dir, _ = finished_run

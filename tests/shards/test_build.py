@@ -220,6 +220,7 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.name: sha256_of(path) for path in sorted(folder.glob("[!.]*"))}
 
 
+@pytest.mark.slow
 def test_builds_killed_at_random_moments_end_with_the_same_bytes(tmp_path):
     """Builds with two processes, killed by SIGKILL until one ends; all files equal those of one process."""
     source = write_jsonl(tmp_path / "a.jsonl", make_documents(3000))

@@ -124,6 +124,7 @@ def test_temporary_failures_are_retried_and_files_come_in_order(hub):
     assert not Hub.requests
 
 
+@pytest.mark.slow
 def test_a_permanent_failure_keeps_finished_shards_and_a_rerun_completes(hub):
     """The second file cannot be downloaded: exit code 1 with the next command."""
     start, documents, out = hub

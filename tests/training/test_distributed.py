@@ -132,6 +132,7 @@ def test_two_nodes_train_as_one(short_text, jobs, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["raise", "kill", pytest.param("exit", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(fault, short_text, tmp_path):
     """Within seconds and not with 0: the cause is printed, earlier checkpoints and no partial file remain."""
     started = time.monotonic()
@@ -154,6 +155,7 @@ def test_a_rank_that_hangs_ends_the_job_after_the_timeout(short_text, tmp_path):
     assert process.returncode != 0 and "imed out" in output
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_on_one_rank_stops_all_ranks(short_text, tmp_path):
     """One message names rank, micro-step, position and text; no checkpoint is written after it."""
     output = finish(torchrun(2, short_text, tmp_path, FAULT="nan@7:1"))
@@ -280,6 +282,7 @@ def test_workers_stop_when_their_launcher_is_killed(short_text, tmp_path):
     assert (tmp_path / f"optimizer_{saved:05d}.pt").exists()
 
 
+@pytest.mark.slow
 def test_an_error_of_all_ranks_is_printed_once(short_text, tmp_path):
     """One error line and one hint per machine; torchrun's own last block repeats it as the cause."""
     for flags, message in (
@@ -385,6 +388,7 @@ def test_an_empty_address_is_a_missing_one(monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["train_gpt.py", "generate.py", "eval_hellaswag.py"])
+@pytest.mark.slow
 def test_a_wrong_rank_ends_every_script_in_two_lines(script, tmp_path):
     """Although it is read before anything else."""
     process = run(ROOT / script, "--help", LOCAL_RANK="abc")

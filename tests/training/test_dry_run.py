@@ -250,6 +250,7 @@ def test_a_model_fits_if_its_state_and_one_activation_a_layer_do(
 @pytest.mark.parametrize(
     "flags", [("--n-embd", "200000"), ("--n-layer", "2000", "--n-embd", "4096"), ("--init-from", "MODEL")]
 )
+@pytest.mark.slow
 def test_a_run_that_cannot_fit_is_refused_before_it_allocates(flags, text_file, tmp_path, monkeypatch):
     """With the numbers, and for a model that is loaded as well; without a log, because nothing has begun."""
     model = GPT(tiny_config(vocab_size=27, n_embd=16))

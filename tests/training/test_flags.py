@@ -381,6 +381,7 @@ def test_a_user_error_is_one_error_line_and_one_hint(flags, message, text_file, 
     assert not list(tmp_path.glob("log/[!.]*"))
 
 
+@pytest.mark.slow
 def test_exit_codes_of_the_process(text_file, tmp_path):
     """A usage error ends the real process with 2 and a diverged run with 3, without a traceback."""
     script = ROOT / "train_gpt.py"

@@ -182,6 +182,7 @@ def test_the_warning_of_a_failed_save_has_the_reason(
     assert reason in warning
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_reported_like_a_full_disk(short_text, tmp_path):
     """torch.save raises an error of its own kind: a warning, exit code 1, no traceback, no file left."""
     code = (

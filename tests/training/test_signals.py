@@ -116,6 +116,7 @@ def test_a_stop_before_the_first_update_leaves_no_checkpoint(short_text, tmp_pat
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.slow
 def test_a_signal_during_the_set_up_ends_the_process_at_once(number, code, tmp_path):
     """Also within a native call, such as the tokenizer's: there is nothing to save yet."""
     text = tmp_path / "text.txt"

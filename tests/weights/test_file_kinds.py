@@ -108,6 +108,7 @@ def test_a_printed_command_overwrites_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", NASTY_NAMES)
+@pytest.mark.slow
 def test_a_file_of_an_old_torch_is_converted_by_the_hint(name, tmp_path):
     """Before PyTorch 1.6 torch.save wrote no zip archive; the command reads plain values only."""
     path = tmp_path / name

@@ -112,6 +112,7 @@ def test_code_in_a_meta_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model_19072.pt", "a `touch PWNED`.pt", "it's $HOME.pt"])
+@pytest.mark.slow
 def test_build_nanogpt_is_refused_and_the_hint_converts_it(name, tmp_path):
     """The error names its pickled config, and the hint's command, run unchanged, writes a file that loads.
 

@@ -133,6 +133,7 @@ def test_every_wrong_value_in_a_model_file_is_refused(place, wrong, pair):
 
 
 @pytest.mark.parametrize(("place", "wrong"), mutations(STATE, ("deleted", "text", "shape")))
+@pytest.mark.slow
 def test_every_wrong_value_in_an_optimizer_file_is_refused(place, wrong, pair, short_text):
     """By --resume. A moment of another shape would be written beyond its end, which ends the process."""
     wrong_value = dict(wrong_values(value_at(CONTENTS[STATE], place)))[wrong]
