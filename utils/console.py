@@ -33,17 +33,14 @@ has_spoken = threading.Event()  # whether anything has been printed
 def prepare_console() -> None:
     """What a script needs before its imports; called by `begin_script`.
 
-    Ctrl-C ends with exit code 130; `run_script` replaces this by KeyboardInterrupt, which removes unfinished
-    files, as long as `main` runs. A worker of torchrun receives SIGTERM when its launcher has died. A Python
-    without the packages that every script imports ends with two lines and exit code 2. On a terminal, slow
-    imports are announced.
+    A worker of torchrun receives SIGTERM when its launcher has died. A Python without the packages that every
+    script imports ends with two lines and exit code 2. On a terminal, slow imports are announced.
     """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:  # closed: without this, the next file that is opened would become standard output
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
-    handle_interrupt(lambda *_: os._exit(130))
     require_packages("torch", "numpy")
     if launched_by_torchrun():
         threading.Thread(target=terminate_when_orphaned, args=(os.getppid(),), daemon=True).start()

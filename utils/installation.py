@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def require_packages(*names: str) -> None:
-    """Exits with code 2 and two lines unless these are installed: before an import fails in ten."""
+    """Exits with code 2, after an error and a hint, unless these packages are installed."""
     missing = []
     for name in names:
         try:
@@ -25,7 +25,7 @@ def require_packages(*names: str) -> None:
 
 
 def how_to_install() -> str:
-    """A command after which the project's packages are found; it is true in the current folder."""
+    """A command that makes the project's packages available, for the current folder."""
 
     def path(name: str) -> str:
         relative = os.path.relpath(ROOT / name)

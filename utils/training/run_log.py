@@ -42,7 +42,9 @@ class RunLog:
         log_every: int | None = None,
     ):  # fmt: skip
         self.log_dir, self.is_master = log_dir, is_master
-        self.max_steps, self.start_step, self.log_every = max_steps, start_step, log_every
+        self.max_steps, self.start_step = max_steps, start_step
+        self.line_every = log_every or interval_of_lines(max_steps)
+        self.longest_silence = math.inf if log_every else LONGEST_SILENCE
         self.last_line = time.monotonic()  # when the console showed an update
         self.bar: Any = None
         self.files: dict[str, IO[str]] = {}
@@ -124,10 +126,8 @@ class RunLog:
     def _shows(self, step: int) -> bool:
         """Whether the console shows the update of a step; the files record all of them."""
         is_first_or_last = step < self.start_step + FIRST_LINES or step == self.max_steps - 1
-        if self.log_every is not None:
-            return is_first_or_last or step % self.log_every == 0
-        is_silent = time.monotonic() - self.last_line > LONGEST_SILENCE
-        return is_first_or_last or is_silent or step % interval_of_lines(self.max_steps) == 0
+        is_silent = time.monotonic() - self.last_line > self.longest_silence
+        return is_first_or_last or is_silent or step % self.line_every == 0
 
     def log_validation(
         self, step: int, loss: float, bytes_per_token: float, tokens: int, seconds: float

@@ -134,7 +134,8 @@ def encode_texts(
             pieces = chain.from_iterable(map(pieces_of, texts)) if in_steps else texts
             return [*map(tokenizer.encode, _counted(pieces, advance))]
 
-    knows_all = state["name"] == "char" and "characters" not in state  # and has nothing to warn of
+    # A vocabulary made from this text has all its characters, so no piece of it warns of unknown ones.
+    knows_all = state["name"] == "char" and "characters" not in state
     if "json" not in state and "vocab_size" not in state:
         if knows_all:
             state = {**state, "characters": "".join(sorted(set(*texts)))}
