@@ -158,9 +158,15 @@ def test_a_dry_run_leaves_an_earlier_run_as_it_is(stopped_run, short_text):
     assert {path: path.read_bytes() for path in stopped_run.rglob("*") if path.is_file()} == before
 
 
-def test_the_measured_memory_includes_the_moments(text_file, tmp_path, monkeypatch, capsys):
-    """When the peak is read, the optimizer has made a step and gradients exist: the steady state of a run."""
-    seen: list[tuple[bool, bool]] = []
+@pytest.mark.parametrize(("tokens", "gradients"), [(64, False), (128, True), (1024, True)])
+def test_the_measured_memory_is_that_of_a_full_step(
+    tokens, gradients, text_file, tmp_path, monkeypatch, capsys
+):
+    """The last micro-step, like those of a run, finds the moments, and the gradients of the one before it.
+
+    With one micro-step an update there are none: the optimizer has used them.
+    """
+    found: list[tuple[bool, bool]] = []
     real = GPT.configure_optimizers
     optimizers: list[torch.optim.Optimizer] = []
 
@@ -168,25 +174,30 @@ def test_the_measured_memory_includes_the_moments(text_file, tmp_path, monkeypat
         optimizers.append(real(*arguments, **options))
         return optimizers[-1]
 
-    def peak(device: torch.device) -> int:
-        parameters = [p for group in optimizers[0].param_groups for p in group["params"]]
-        moments = [optimizers[0].state[p].get("exp_avg_sq") is not None for p in parameters]
-        seen.append((all(moments), all(p.grad is not None for p in parameters)))
-        return 123_456_789_000
+    def micro_step(model: GPT, *arguments: Any) -> torch.Tensor:
+        moments = [optimizers[0].state[p].get("exp_avg_sq") is not None for p in model.parameters()]
+        held = [p.grad is not None for p in model.parameters()]
+        assert len({*moments}) == len({*held}) == 1
+        found.append((moments[0], held[0]))
+        return real_micro_step(model, *arguments)
 
+    real_micro_step = dry_run.forward_backward
     monkeypatch.setattr(GPT, "configure_optimizers", recorded)
-    monkeypatch.setattr(dry_run, "peak_memory_bytes", peak)
-    assert train_gpt.main(small_args(text_file, tmp_path, "--max-steps", "9", "--dry-run")) == 0
-    assert seen == [(True, True)]
+    monkeypatch.setattr(dry_run, "forward_backward", micro_step)
+    monkeypatch.setattr(dry_run, "peak_memory_bytes", lambda device: 123_456_789_000)
+    flags = ("--total-batch-tokens", str(tokens), "--max-steps", "9", "--dry-run")
+    assert train_gpt.main(small_args(text_file, tmp_path, *flags)) == 0
+    assert found[0] == (False, False) and found[-1] == (True, gradients)
     assert "memory: peak 123.46 GB a process, measured (parameters, " in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_the_measured_memory_is_that_of_the_run(text_file, tmp_path):
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_the_measured_memory_is_that_of_the_run(micro_steps, text_file, tmp_path):
     """Within 10 %, with a model of 38M parameters, whose peak is far above that of PyTorch itself."""
-    flags = "--n-layer 12 --n-head 8 --n-embd 512 --seq-len 256 --micro-batch 8 --total-batch-tokens 2048"
-    flags = [*TINY, *flags.split(), *"--max-steps 3 --val-every 0 --sample-every 0".split()]
-    flags += ["--data", str(text_file), "--log-dir", str(tmp_path / "log")]
+    flags = "--n-layer 12 --n-head 8 --n-embd 512 --seq-len 256 --micro-batch 8 --max-steps 3 "
+    flags += f"--total-batch-tokens {2048 * micro_steps} --val-every 0 --sample-every 0"
+    flags = [*TINY, *flags.split(), "--data", str(text_file), "--log-dir", str(tmp_path / "log")]
     dry = run(ROOT / "train_gpt.py", *flags, "--dry-run", timeout=600)
     assert dry.returncode == 0, dry.stderr
     real = run(ROOT / "train_gpt.py", *flags, timeout=600)

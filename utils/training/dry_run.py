@@ -136,13 +136,15 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
     seconds = []
     batches = plan.train.train_batches(0)
     with announced("timing micro-steps", DRY_RUN_STEPS, shown=plan.dist.is_master) as advance:
-        for _ in range(DRY_RUN_STEPS):
+        for i in range(DRY_RUN_STEPS):
             started = time.perf_counter()
             forward_backward(state.trained_model, *next(batches), dtype).item()  # waits for the device
             seconds.append(time.perf_counter() - started)
+            if i % plan.micro_steps == 0:  # once at the start: a run holds the moments beside the activations
+                for optimizer in state.optimizers.values():
+                    optimizer.step()
+                    optimizer.zero_grad()
             advance(1)
-    for optimizer in state.optimizers.values():
-        optimizer.step()  # allocates the moments, which must fit as well
     peak = format_bytes(plan.dist.max_number(peak_memory_bytes(device)))
     show(f"memory: peak {peak} a process, measured (parameters, gradients and moments: {minimum})")
     show(*plan.time_lines(sorted(seconds)[DRY_RUN_STEPS // 2]))

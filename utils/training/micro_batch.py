@@ -134,14 +134,15 @@ def largest_that_fits(try_step: Callable[[int], None], rows: int) -> int:
 
 
 def _trial_step(model: "GPT", B: int, seq_len: int, device: torch.device, dtype: torch.dtype) -> None:
-    """An update on B random rows through the bare module, without collectives: ranks may differ."""
+    """Two updates on B random rows through the bare module, without collectives: ranks may differ."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     optimizer = model.configure_optimizers(0.0, 0.0, device.type, is_master_process=False)
     rows = torch.randint(0, model.config.vocab_size, (B, seq_len), device=device)
     try:
-        forward_backward(model, rows, rows, dtype)
-        optimizer.step()
+        for _ in range(2):  # the second with the moments in place, as every step of a run but its first
+            forward_backward(model, rows, rows, dtype)
+            optimizer.step()
         total = torch.cuda.get_device_properties(device).total_memory
         if torch.cuda.max_memory_allocated(device) > HEADROOM * total:
             raise torch.OutOfMemoryError(f"{B} rows leave no headroom")
