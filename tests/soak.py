@@ -31,6 +31,7 @@ from tests.small_runs import RESUMABLE, TEXT, differences
 from utils.command_line import (
     ArgumentParser,
     Unfinished,
+    format_count,
     format_duration,
     non_negative_int,
     positive_float,
@@ -191,7 +192,8 @@ def soak(folder: Path, args: Namespace) -> int:
             problems = interrupted_run(run, args.ranks, rng, seconds, interruptions)
         problems = problems or differences_of(run / "log", whole.log_dir)
         count, duration = interruptions.total() - before, time.monotonic() - run_began
-        print(f"{run.name}: {count} interruption(s), {duration:.1f} s, {len(problems)} problem(s)")
+        found = f"{format_count(count, 'interruption')}, {format_count(len(problems), 'problem')}"
+        print(f"{run.name}: {found}, {duration:.1f} s")
         print("".join(f"    {problem}\n" for problem in problems), end="", flush=True)
         if not problems:
             shutil.rmtree(run)
@@ -214,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     if num_bad := soak(folder, args):
-        raise Unfinished(f"{num_bad} run(s) with problems, see above", f"logs and outputs are in {folder}")
+        what = f"{format_count(num_bad, 'run')} with problems, see above"
+        raise Unfinished(what, f"logs and outputs are in {folder}")
     shutil.rmtree(folder)
     return 0
 

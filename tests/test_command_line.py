@@ -16,6 +16,7 @@ from utils.command_line import (
     UserError,
     environment_int,
     format_bytes,
+    format_count,
     format_duration,
     non_negative_float,
     non_negative_int,
@@ -186,6 +187,12 @@ def test_given_flags_are_told_from_defaults():
 def test_durations_as_text(seconds, text):
     """The two largest units."""
     assert format_duration(seconds) == text
+
+
+def test_counts_as_text():
+    """One of a thing, or several; digits in groups of three."""
+    assert [format_count(n, "process") for n in (0, 1, 2)] == ["0 processes", "1 process", "2 processes"]
+    assert format_count(1000, "micro-step") == "1,000 micro-steps"
 
 
 def test_bytes_and_perplexities_as_text():

@@ -329,6 +329,12 @@ def format_duration(seconds: float) -> str:
     return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
 
 
+def format_count(count: int, noun: str) -> str:
+    """`1 step`, `12 steps`, `2 processes`."""
+    plural = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 def format_bytes(num_bytes: float) -> str:
     """`1.49 GB`, or `12.3 MB` below 0.1 GB."""
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

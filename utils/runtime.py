@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from utils.command_line import UserError, format_duration, shown
+from utils.command_line import UserError, format_count, format_duration, shown
 from utils.cpu_matmul import cpu_info, mkl_is_slow, use_fast_linear
 
 MINIMUM_TORCH = (2, 10)
@@ -90,7 +90,7 @@ def choose_device(requested: str, local_rank: int = 0) -> Decision:
     reason = "as requested"
     if requested == "auto":
         requested = "cuda" if num_gpus else "mps" if has_mps else "cpu"
-        reasons = {"cuda": f"{num_gpus} CUDA device(s) found", "mps": "no CUDA, but MPS"}
+        reasons = {"cuda": f"{format_count(num_gpus, 'CUDA device')} found", "mps": "no CUDA, but MPS"}
         reason = reasons.get(requested, "no CUDA device found")
     try:
         device = torch.device(requested)

@@ -2,7 +2,8 @@
 
 Every run is a command of `train_gpt.py` with its own full schedule. Runs of one seed start from the same
 weights and read the same windows in the same order. The faithful recipe uses the best of the part's rates on
-the first seed; the rates of the fast one were chosen on seed 1337. Val losses are of the whole val split.
+the first seed; the rates of the fast one were chosen on seed 1337. Val losses are of the whole val split, or
+of the first --val-tokens of it where a part sets them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ import torch
 
 from gpt_model import GPT, GPTConfig
 from tests.benchmarks.python_text import write_python_text
-from utils.command_line import ArgumentParser, Unfinished, UserError, non_negative_int, positive_int
+from utils.command_line import (
+    ArgumentParser,
+    Unfinished,
+    UserError,
+    format_count,
+    non_negative_int,
+    positive_int,
+)
 from utils.distributed import Distributed
 from utils.runtime import choose_device, choose_matmul, device_name
 from utils.tokenizer import PADDED_GPT2_VOCAB
@@ -54,7 +62,8 @@ PARTS = {
     "quick-start": Part("--preset tiny", "text", 0, (), "", 1000, (300, 350, 400, 450)),
     "char": Part("--preset char", "text", 0, (), "", 1200, (450, 500, 550, 600)),
     "larger": Part(
-        flags="--preset tiny --n-embd 256 --seq-len 128 --micro-batch 16 --total-batch-tokens 2048",
+        flags="--preset tiny --n-embd 256 --seq-len 128 --micro-batch 16 --total-batch-tokens 2048 "
+        "--val-tokens 65536",
         data="python",
         megabytes=10,
         faithful_rates=(6e-4, 1e-3, 2e-3),
@@ -263,9 +272,8 @@ def draw(figures: Figures, path: Path) -> None:
         axis.axhline(row["faithful"]["val_loss"], color=COLORS["faithful"], linestyle="--", linewidth=0.8)
     for recipe, color in COLORS.items():
         axis.plot([], [], color=color, label=f"--recipe {recipe}")
-    axis.set_title(
-        f"{figures['name']}: every run with its own full schedule, {len(figures['seeds'])} seed(s)"
-    )
+    seeds = format_count(len(figures["seeds"]), "seed")
+    axis.set_title(f"{figures['name']}: every run with its own full schedule, {seeds}")
     axis.set_xlabel("training tokens")
     axis.set_ylabel("val loss (nats per token)")
     axis.legend()

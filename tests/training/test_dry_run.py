@@ -42,7 +42,7 @@ def plan_of(log_dir: Path, **changes: Any) -> Plan:
 def test_time_and_cost_are_arithmetic(tmp_path):
     """100 steps of 2 micro-steps of 0.5 s; 5 validations of 25 micro-batches at a third; 36 an hour."""
     text = "\n".join(plan_of(tmp_path, cost_per_hour=36.0).time_lines(0.5))
-    assert "500 ms x 2 micro-step(s) = 1,000 ms a step, 128 tok/s, mfu n/a" in text
+    assert "500 ms x 2 micro-steps = 1,000 ms a step, 128 tok/s, mfu n/a" in text
     assert "time: 2m00s = 100 steps 1m40s + validation about 20s" in text
     assert "cost: 1.21 = 0.03 hours x 36 an hour" in text
     assert "cost" not in "\n".join(plan_of(tmp_path).time_lines(0.5))

@@ -345,7 +345,7 @@ def test_the_fitted_micro_batch_is_part_of_the_batch_line(text_file, tmp_path, c
     flags += ["--data", str(text_file), "--log-dir", str(tmp_path)]
     for more in ([], ["--micro-batch", "auto"]):
         assert train_gpt.main([*flags, *more]) == 0
-        line = "batch: 640 tokens = 10 rows x 64 tokens x 1 process(es) x 1 micro-step(s)"
+        line = "batch: 640 tokens = 10 rows x 64 tokens x 1 process x 1 micro-step"
         out, error = capsys.readouterr()
         assert line in out and error == ""
     with pytest.raises(UserError, match=r"= 12\*64\*1 = 768"):

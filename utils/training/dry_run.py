@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from utils.command_line import format_bytes, format_duration
+from utils.command_line import format_bytes, format_count, format_duration
 from utils.console import announced, say, warn
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed
@@ -57,7 +57,8 @@ class Plan:
             f"val: {self.val.num_val_windows(args.val_tokens):,} windows of {T}, "
             f"of {self.val.stream.num_tokens:,} tokens",
             f"batch: {args.total_batch_tokens} tokens = {args.micro_batch} rows x {T} tokens x "
-            f"{self.dist.world_size} process(es) x {self.micro_steps} micro-step(s)",
+            f"{format_count(self.dist.world_size, 'process')} x "
+            f"{format_count(self.micro_steps, 'micro-step')}",
         ]
 
     def checkpoints(self, existing_bytes: int = 0) -> tuple[str, bool]:
@@ -100,7 +101,7 @@ class Plan:
         micro_batches = self.val.num_val_windows(args.val_tokens) / args.micro_batch / self.dist.world_size
         validation = count * micro_batches * FORWARD_SHARE * micro_step_seconds
         lines = [
-            f"speed: {1000 * micro_step_seconds:,.0f} ms x {self.micro_steps} micro-step(s) = "
+            f"speed: {1000 * micro_step_seconds:,.0f} ms x {format_count(self.micro_steps, 'micro-step')} = "
             f"{1000 * step_seconds:,.0f} ms a step, {tokens_per_second:,.0f} tok/s, mfu {mfu}",
             f"time: {format_duration(updates + validation)} = {args.max_steps} steps "
             f"{format_duration(updates)} + validation about {format_duration(validation)} "

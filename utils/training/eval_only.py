@@ -4,7 +4,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable
 
-from utils.command_line import UserError, bits_per_byte, perplexity
+from utils.command_line import UserError, bits_per_byte, format_count, perplexity
 from utils.console import say
 from utils.data_loader import WindowLoader
 from utils.distributed import Distributed
@@ -27,7 +27,8 @@ def report_loss(
     choose_matmul(model)
     stream = part_of(data, args.eval_part or "val")
     if stream.num_tokens < 2:
-        raise UserError(f"{stream.name} has {stream.num_tokens} token(s)", "evaluate at least two tokens")
+        what = f"{stream.name} has {format_count(stream.num_tokens, 'token')}"
+        raise UserError(what, "evaluate at least two tokens")
     loader = WindowLoader(stream, args.seq_len, args.micro_batch, dist.rank, dist.world_size, dist.device)
     num_windows = None  # they overlap
     if args.eval_part:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.command_line import UserError
+from utils.command_line import UserError, format_count
 from utils.console import say, warn
 from utils.distributed import Distributed
 from utils.files import locked, move, remove_temporary_files
@@ -90,7 +90,7 @@ def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | N
     archive.mkdir(parents=True)
     for path in sorted(files, key=lambda path: (path.suffix != ".pt", path.name)):
         move(path, archive / path.name)
-    say(f"moved {len(files)} file(s) of an earlier run to {archive}")
+    say(f"moved {format_count(len(files), 'file')} of an earlier run to {archive}")
     return archive
 
 
