@@ -3,13 +3,14 @@
     python build_fineweb_edu_shards.py                        FineWeb-Edu sample-10BT -> edu_fineweb10B/
     python build_fineweb_edu_shards.py --max-shards 10        the first billion tokens
     python build_fineweb_edu_shards.py --input '*.jsonl' notes.txt --output-dir my_tokens    your own text
-    python build_fineweb_edu_shards.py --tokenizer bpe:16384  with a tokenizer of one's own
+    python build_fineweb_edu_shards.py --tokenizer bpe:16384  with a BPE trained on the corpus
     python build_fineweb_edu_shards.py --verify               compare every shard with the manifest
     python build_fineweb_edu_shards.py --verify --inputs      compare the input files, too
 
-Every document becomes <|endoftext|> followed by its tokens, as uint16. The documents of a corpus, in order,
-are one sequence of tokens, which is cut into shards without a gap; shard 0 is val. A build that stops for any
-reason continues when the same command is run again, and produces the same bytes.
+Every document becomes <|endoftext|> followed by its tokens, as uint16, or as uint32 for a vocabulary above
+65,536 tokens. The documents of a corpus, in order, are one sequence of tokens, which is cut into shards
+without a gap; shard 0 is val. A build that stops for any reason continues when the same command is run again,
+and produces the same bytes.
 """
 
 from utils.start import begin_script
@@ -72,10 +73,10 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     """Parses the command line. Raises UserError for flags that contradict each other."""
     parser = ArgumentParser(prog="build_fineweb_edu_shards.py", doc=__doc__)
     add = parser.add_argument
-    input_help = "files, globs or folders: .parquet .jsonl .json .txt, the last three also packed: .gz .zst"
+    input_help = "files, globs or folders: .parquet .jsonl .json .txt; all but parquet also as .gz or .zst"
     add("--input", nargs="+", type=path_text, metavar="FILE", help=input_help)
     add("--text-field", default=TEXT_FIELD, help="parquet column or jsonl field that contains the text")
-    bad_help = "rows with no text, no JSON or no UTF-8: stop at the first, or skip and count them"
+    bad_help = "rows without text, valid JSON or valid UTF-8: stop at the first, or skip and count them"
     add("--bad-rows", choices=("stop", "skip"), default="stop", help=bad_help)
     add("--output-dir", type=Path, default=ROOT / "edu_fineweb10B", help="folder for the shards")
     add("--shard-tokens", type=positive_int, default=SHARD_TOKENS, help="number of tokens per shard")

@@ -364,12 +364,13 @@ def score_style(
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="eval_hellaswag.py", doc=__doc__)
     add = parser.add_argument
-    model_help = "gpt2[-medium|-large|-xl], checkpoint, folder of a run or of transformers"
+    model_help = "gpt2[-medium|-large|-xl], checkpoint, run's folder, transformers folder"
     add("-m", "--model-name", type=path_text, default="gpt2", metavar="MODEL", help=model_help)
     add("-d", "--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--split", choices=("val", "train", "test"), default="val", help="test has no labels: use --output")
     add("--limit", type=positive_int, metavar="N", help="score the first N examples only")
-    add("--style", choices=(*STYLES, "both"), default="completion", help="see README, HellaSwag")
+    style_help = "completion: as in build-nanogpt; lm-eval: as in EleutherAI's evaluation harness"
+    add("--style", choices=(*STYLES, "both"), default="completion", help=style_help)
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="dtype of the matmuls")
     add("--batch-tokens", type=positive_int, metavar="N", help="tokens per forward pass; default: by device")
     add("--hellaswag-dir", type=Path, metavar="DIR", help="folder; default: $HELLASWAG_DIR, else hellaswag/")

@@ -1,6 +1,6 @@
 """GPT-2 from scratch: a decoder-only Transformer, and nothing but the model.
 
-Parameter names are those of the released checkpoints, so OpenAI's weights load with nothing but transposes.
+Parameter names are those of the released checkpoints, so OpenAI's weights need only be transposed.
 Sources: Vaswani et al. 2017 (attention), Radford et al. 2019 (GPT-2), Brown et al. 2020 (GPT-3: optimizer).
 
 Shapes: B batch, T time (tokens), C channels (n_embd), H heads, D head size (C / H), L layers, V vocabulary.
@@ -34,7 +34,7 @@ PRETRAINED_CONFIGS = {
 
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT-2, by default 124M, and its dropout. Raises UserError for impossible values."""
+    """Sizes and dropout of a GPT-2, by default those of 124M. Raises UserError for impossible values."""
 
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = GPT2_VOCAB_SIZE  # 50,000 merges, 256 bytes, <|endoftext|>; training pads it
@@ -52,7 +52,7 @@ class GPTConfig:
 
 
 class KeyValueCache:
-    """Keys and values of at most `max_length` past positions of all layers, in a buffer like `like`."""
+    """Keys and values of at most `max_length` past positions of all layers, allocated like `like`."""
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, like: Tensor):
         shape = (config.n_layer, 2, batch_size, config.n_head, max_length, config.n_embd // config.n_head)
@@ -307,7 +307,7 @@ class GPT(nn.Module):
 
     @classmethod
     def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "GPT":
-        """Loads a checkpoint, the last one in the folder of a run, a GPT-2 size or a folder of transformers.
+        """Loads a checkpoint, the last one in a run's folder, a GPT-2 size or a transformers folder.
 
         Returns it in eval mode. Raises UserError for anything else.
         """
@@ -350,7 +350,7 @@ def sample_token(
 ) -> Tensor:  # fmt: skip
     """Samples one id (B, 1) from each row of logits (B, V). Raises FloatingPointError for non-finite ones.
 
-    That check waits for the device; without `check_finite` nothing does.
+    The check waits for the device; with `check_finite=False` nothing does.
     """
     if check_finite and not torch.isfinite(logits).all():
         raise FloatingPointError("non-finite logits")

@@ -91,7 +91,8 @@ from utils.weights.checkpoint import Checkpoint
 flag = Flags(__doc__)
 
 flag.group("model and data")
-DATA = flag("--data", None, path_text, "texts, .json, shards, .bin, .ds; default: edu_fineweb10B/, input.txt")
+DATA = flag("--data", None, path_text, "file or folder: text, .json, .jsonl, .parquet, shards, .bin, .ds; "
+            "default: edu_fineweb10B/, else input.txt")
 TOKENIZER = flag("--tokenizer", None, tokenizer_name, "gpt2, char, bpe:N (N tokens, trained on the text) or "
                  "a tokenizer.json; default: that of the shards, gpt2 for a text")
 SHUFFLE = flag("--shuffle", "on", ("on", "off"), "shuffle the windows by the seed, or keep the data's order")
@@ -110,13 +111,14 @@ MAX_STEPS = flag("--max-steps", 19073, positive_int, "number of updates")  # 10e
 WARMUP_STEPS = flag("--warmup-steps", 715, non_negative_int, "updates of linear warmup")  # 375M tokens
 OPTIMIZER = flag("--optimizer", "adamw", ("adamw", "muon"), "for the blocks' matrices; AdamW for the rest")
 SCHEDULE = flag("--schedule", "cosine", ("cosine", "linear"), "decay of the learning rates")
-DECAY_FRACTION = flag("--decay-fraction", 0.8, positive_float, "last share of updates, where linear decays")
+DECAY_FRACTION = flag("--decay-fraction", 0.8, positive_float, "share of the run that the linear decay takes")
 MAX_LR = flag("--max-lr", 6e-4, positive_float, "peak learning rate")
-MIN_LR = flag("--min-lr", 6e-5, non_negative_float, "final learning rate of cosine")  # a tenth of the peak
+MIN_LR = flag("--min-lr", 6e-5, non_negative_float, "final learning rate, cosine only")  # a tenth of the peak
 MUON_LR = flag("--muon-lr", 0.02, positive_float, "peak learning rate of Muon")
 WEIGHT_DECAY = flag("--weight-decay", 0.1, non_negative_float, "weight decay, applied by AdamW to matrices")
 GRAD_CLIP = flag("--grad-clip", 1.0, positive_float, "maximum norm of the gradient")  # Pascanu et al. 2013
-SKIP_SPIKES = flag("--skip-spikes", 0.0, non_negative_float, "skip norms this many sigmas above mean; 0: off")
+SKIP_SPIKES = flag("--skip-spikes", 0.0, non_negative_float, "skip updates whose gradient norm is this many "
+                   "sigmas above the mean; 0: off")
 DROPOUT = flag("--dropout", 0.0, fraction, "probability of zeroing an activation or attention weight")
 SEED = flag("--seed", 1337, non_negative_int, "seed of initial weights, data order and dropout")
 
@@ -136,8 +138,8 @@ flag("--stride", None, positive_int, "with --eval-part: tokens scored per window
 
 flag.group("running")
 LOG_DIR = flag("--log-dir", Path(__file__).resolve().parent / "log", Path, "folder of logs and checkpoints")
-flag("--resume", None, path_text, "continue from the newest checkpoint, or this", nargs="?", const="newest")
-LOG_EVERY = flag("--log-every", None, positive_int, "steps between console lines; default: 100 to 250 a run")
+flag("--resume", None, path_text, "continue from the newest checkpoint, or PATH", nargs="?", const="newest")
+LOG_EVERY = flag("--log-every", None, positive_int, "steps per console line; default: 100 to 250 lines")
 CHECKPOINT_EVERY = flag("--checkpoint-every", 1000, non_negative_int, "steps between saves; 0: the last only")
 KEEP_CHECKPOINTS = flag("--keep-checkpoints", 2, positive_int, "newest checkpoints to keep for resuming")
 KEEP_EVERY = flag("--keep-every", 5000, non_negative_int, "also keep models of every N-th step; 0: last only")
@@ -151,7 +153,7 @@ flag("--deterministic", False, bool, "bitwise equal results in every run, where 
 flag("--tensorboard", False, bool, "mirror the metrics to TensorBoard, in the log directory")
 flag("--wandb", False, bool, "mirror the metrics to Weights & Biases")
 flag("--dry-run", False, bool, "print the plan, measure a few steps, and train nothing")
-flag("--cost-per-hour", None, positive_float, "price of all machines, for the cost in --dry-run")
+flag("--cost-per-hour", None, positive_float, "price per hour of all machines, for --dry-run")
 DIST_TIMEOUT = flag("--dist-timeout", 600, positive_float, "seconds after which a hanging rank ends the job")
 
 PRESETS = {
@@ -171,7 +173,7 @@ PRESETS = {
         val_every=400, hellaswag_every=0, sample_every=600, checkpoint_every=600,
     ),
     # The same two for one GPU, with the model of nanoGPT's shakespeare_char. Without dropout a megabyte of
-    # text is overfitted after some epochs, so the runs are short. Not measured on a card yet.
+    # text is overfitted after some epochs, so the runs are short. Not measured on a GPU yet.
     "small": dict(
         n_layer=6, n_head=6, n_embd=384, seq_len=256, micro_batch=64, total_batch_tokens=16384,
         max_steps=300, warmup_steps=50, max_lr=1e-3, min_lr=1e-4,
@@ -191,7 +193,7 @@ PRESET_FOR = {
 
 # What a recipe changes in each preset. "fast" needs fewer tokens for the same loss: Muon (Jordan et al. 2024)
 # for the blocks' matrices, and higher learning rates that fall linearly to zero (Hägele et al. 2024). Rates
-# were chosen on one seed; those of gpt2, small and small-char have not been measured on a card.
+# were chosen on one seed; those of gpt2, small and small-char have not been measured on a GPU.
 MUON = dict(optimizer="muon", schedule="linear", muon_lr=0.02, decay_fraction=0.8)
 RECIPES = {
     "faithful": dict.fromkeys(PRESETS, {}),
@@ -280,8 +282,8 @@ def update(
         describe_batch: where micro-step i's batch comes from, for the message of a non-finite loss.
 
     Returns the mean loss of all tokens of the update in nats, and the norm of the gradient before clipping.
-    Raises Diverged if the loss is not finite on some rank, or the norm is not (except in fp16): the weights
-    are then unchanged; or if too many spikes were skipped.
+    Raises Diverged, with the weights unchanged, if the loss is not finite on some rank, if the norm is not
+    (except in fp16), or if too many spikes were skipped.
     """
     losses, model = [], state.trained_model
     for micro_step in range(micro_steps):
@@ -332,7 +334,7 @@ def write_samples(run: Run, log: RunLog) -> None:
 
 
 def train(run: Run, log: RunLog) -> None:
-    """Updates until `--max-steps` or `--patience` ends them, then one more pass to evaluate and save."""
+    """Trains until `--max-steps` or `--patience` ends the run; then one more pass evaluates and saves."""
     args, dist, state, poll = run.args, run.dist, run.state, run.stop.poll
     progress = state.progress
     windows_per_step = args.total_batch_tokens // args.seq_len

@@ -522,12 +522,12 @@ def test_evaluated_models_have_the_linear_layers_of_the_scripts(monkeypatch: pyt
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command for a card
+# The benchmarks on a GPU
 
 
 @pytest.mark.slow
 def test_the_command_for_a_card_runs_at_toy_size(tmp_path: Path):
-    """Every part, in its order, with its bars; a CPU skips the tests of a card and meets no bar of speed."""
+    """Every part, in its order, with its bars; a CPU skips the tests of a GPU and meets no bar of speed."""
     flags = ("--toy", "--hellaswag-dir", FIXTURES, "--commit", "abc")
     figures, printed = measured(tmp_path, "cuda", *flags, TRITON_INTERPRET="1")
     parts = figures["parts"]

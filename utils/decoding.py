@@ -32,7 +32,7 @@ Capture = Callable[[Step], Step]
 BUCKETS = (128, 256, 512, 1024)
 # A capture costs about three eager steps, and a graph saves most of an eager step: it should pay from about
 # four tokens on, a second bucket and the copy of the weights under autocast included from about 16 on. More
-# until it has been measured on a card: the short samples during training do not need it.
+# until it has been measured on a GPU: the short samples during training do not need it.
 MIN_TOKENS = 64
 
 capture_stream = cache(torch.cuda.Stream)  # one for each device, as cuBLAS keeps a workspace for each stream

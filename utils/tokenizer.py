@@ -1,7 +1,7 @@
 """Text to token ids and back: GPT-2's byte-pair encoding, and single characters for the smallest experiments.
 
-GPT-2's byte-level BPE: Radford et al. 2019, section 2.2. This module is the one home of its numbers. A BPE of
-one's own, and other projects' tokenizers, are in utils/tokenizer_json.py.
+GPT-2's byte-level BPE: Radford et al. 2019, section 2.2. Its constants are defined only here. Newly
+trained BPEs, and other projects' tokenizers, are in utils/tokenizer_json.py.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ PIECE_CHARACTERS = 1 << 20  # per call of tiktoken: a fraction of a second, in w
 class Tokenizer(Protocol):
     """What every tokenizer has."""
 
-    name: str  # "gpt2", "char", a kind of utils/tokenizer_json.py, or "folder" (files of transformers)
+    name: str  # "gpt2", "char", a kind of utils/tokenizer_json.py, or "folder" (a transformers folder)
     vocab_size: int  # ids are 0..vocab_size-1
     padded_vocab_size: int  # vocabulary size of a model trained with it
     end_of_text: int | None  # id of <|endoftext|>, or of what another project uses for it

@@ -1,4 +1,4 @@
-"""tokenizer.json: a BPE of one's own, and other projects' tokenizers, by the tokenizers library.
+"""tokenizer.json: newly trained BPEs, and other projects' tokenizers, by the tokenizers library.
 
 What makes a tokenizer is its tokenizer.json and the name of its end-of-text token: in a checkpoint as plain
 values, in a folder as transformers reads and writes them, the name in tokenizer_config.json.

@@ -1,4 +1,4 @@
-"""Proves on a card, in at most eight minutes, that the CUDA code is right, fast and lean.
+"""Proves on a GPU, in at most eight minutes, that the CUDA code is right, fast and lean.
 
 Each part is a command in a process of its own, with a time limit; one that fails is reported, and the next
 one runs. The file of --json is rewritten after every part. The exit code is 1 if results were not proven
@@ -117,7 +117,7 @@ def print_bars(bars: Sequence[Figures]) -> None:
 
 
 class Part(NamedTuple):
-    """What follows `python -m`, on a card and at toy size, and what is expected of it."""
+    """What follows `python -m`, on a GPU and at toy size, and what is expected of it."""
 
     command: str
     flags: str
@@ -279,7 +279,7 @@ def measure(args: Namespace) -> Figures:
     """Runs the parts, prints a summary and returns all figures.
 
     Raises:
-        UserError: there is no card, and --toy is missing.
+        UserError: there is no GPU, and --toy is missing.
         Unfinished: results were not proven right.
     """
     device, started = choose_device("auto").value, time.monotonic()

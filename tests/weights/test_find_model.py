@@ -121,7 +121,7 @@ def test_a_missing_checkpoint_in_an_empty_folder_is_answered_with_the_command_th
     save(tmp_path / "runs" / "large", 3)
     assert refused(tmp_path / "runs" / "larg").hint == f"did you mean {tmp_path}/runs/large?"
     error = refused(tmp_path / "runs")
-    assert "without config.json, so not one of transformers, and without model_*.pt" in str(error)
+    assert "without config.json, so not a transformers folder, and without model_*.pt" in str(error)
     assert error.hint == f"it holds runs: give {tmp_path}/runs/large"
 
 

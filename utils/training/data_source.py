@@ -145,8 +145,10 @@ def open_data(
 def tokenize(
     source: Source, tokenizer_state: dict[str, Any], dist: Distributed
 ) -> tuple[Tokenizer, np.ndarray, int | None, dict[str, Any]]:
-    """Of a text or of records: the tokenizer; the tokens, 1-D; how many of them are train, None for 90 %; and
-    what identifies them, as plain values.
+    """Tokenizes a text or records.
+
+    Returns the tokenizer; the tokens, 1-D; how many of them are train, None for 90 %; and plain values that
+    identify the data.
 
     Documents (records, those of a folder, or of a text with lines that read <|endoftext|>) become the tokens
     that the shard builder makes of them; a text without such a line is tokenized as it is. Raises UserError

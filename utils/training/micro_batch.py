@@ -52,9 +52,9 @@ def seed_dropout(seed: int, step: int, micro_step: int, rank: int) -> None:
 def warm_up(model: nn.Module, B: int, T: int, dtype: torch.dtype, device: torch.device) -> float:
     """Runs one micro-batch of (B, T) tokens and discards its gradients; returns the seconds it took.
 
-    Before the first step of a compiled run, so that no step contains the compilation, and of every run of
-    several ranks: after its first exchange DDP rebuilds its buckets in the order in which gradients arrive,
-    and from then on sums in another order, so without this the first step after a resume would differ.
+    It keeps compilation out of the first step. With several ranks it also lets DDP rebuild its buckets, which
+    happens after the first exchange and changes the order of sums: without it, the first step after a resume
+    would differ.
     """
     started = time.perf_counter()
     rows = torch.zeros(B, T + 1, dtype=torch.long, device=device)

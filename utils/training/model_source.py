@@ -94,10 +94,9 @@ def check_model_reads(config: "GPTConfig", seq_len: int, tokenizer: Tokenizer) -
 
 
 def outline_if_too_large(build: Callable[[], "GPT"], args: Namespace, dist: Distributed) -> "GPT | None":
-    """None if what is certainly needed fits the known memory, before anything of its size is allocated.
+    """None unless `least_bytes` exceeds the memory; allocates nothing of the model's size.
 
-    That is `least_bytes`. If it exceeds the memory, a dry run gets the model on the meta device, to report
-    that; otherwise UserError is raised.
+    If it does, a dry run gets the model on the meta device, to report it; otherwise UserError is raised.
     """
     with torch.device("meta"):
         outline = build()

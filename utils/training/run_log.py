@@ -33,8 +33,8 @@ class RunLog:
     """The files and the console of a run; on ranks other than 0 every call does nothing.
 
     `log.txt` holds lines `{step} train|val|hella {value}` and no times, so that two runs can be compared byte
-    for byte. `max_steps` and `start_step` are those of the progress bar. The console shows every
-    `log_every`-th update, by default 100 to 250 in a run and one in 30 seconds, the first ones and the last.
+    for byte. `max_steps` and `start_step` are those of the progress bar. The console shows the first updates,
+    the last, and every `log_every`-th, by default 100 to 250 in a run and at least one in 30 seconds.
     """
 
     def __init__(

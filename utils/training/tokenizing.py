@@ -1,4 +1,4 @@
-"""Which tokenizer a run uses, and texts in its tokens."""
+"""Chooses the tokenizer of a run, and encodes texts with it."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +36,7 @@ def requested_tokenizer(
     """State of the tokenizer that `--tokenizer` names; None without the flag: the data decides.
 
     {"name": "char"}, and {"name": "bpe", "vocab_size": N}, say what to make of the text. A resumed run takes
-    the BPE that was trained for it from its checkpoint. A file is that of rank 0.
+    the BPE that was trained for it from its checkpoint. Rank 0 reads a file.
     """
     if requested in (None, "gpt2", "char"):
         return requested and {"name": available_tokenizer(requested, dist)}
@@ -116,11 +116,11 @@ def _counted(texts: Iterable[str], advance: Callable[[int], None]) -> Iterator[s
 def encode_texts(
     texts: Iterable[str], state: dict[str, Any], dist: Distributed, *, are_documents: bool
 ) -> tuple[Tokenizer, np.ndarray, int | None]:
-    """A tokenizer, the tokens of texts, 1-D, and how many of them are train, None for a share of the tokens.
+    """Returns a tokenizer, the tokens of the texts, 1-D, and how many of them are train, None for 90 %.
 
-    With a tokenizer.json or a BPE to be trained, by rank 0, train is a share of the characters, which no
-    tokenizer changes: a BPE is trained on these alone, so that val is a text that it, too, has not seen. The
-    end-of-text token starts every document; otherwise there is one text.
+    With a tokenizer.json, or a BPE that rank 0 trains here, the split is by characters: it is the same for
+    every tokenizer, and the BPE never sees val. With `are_documents` each text is a document and begins with
+    the end-of-text token; otherwise there is one text.
     """
 
     def encode(texts: Iterable[str]) -> list[np.ndarray]:

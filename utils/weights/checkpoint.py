@@ -131,7 +131,7 @@ def prune(log_dir: Path, keep_pairs: int, keep_every: int, final_step: int, resu
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the weights."""
+    """Versions of the software that computes the weights."""
     libraries = {"torch": str(torch.__version__), "numpy": np.__version__}
     return {"mini-gpt": __version__, "python": platform.python_version(), **libraries}
 

@@ -1,4 +1,4 @@
-"""Files that are given as a model and hold something else: named for what they are, with what to do."""
+"""Error messages for files that were given as a model and hold something else: what they are, what to do."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from utils.text_files import describe_bytes, first_bytes, free_name, kind_of_byt
 
 LEGACY = "a file of torch.save before PyTorch 1.6"
 UNPACK = {"gzip": "gzip -dc", "bzip2": "bzip2 -dc", "xz": "xz -dc", "zstd": "zstd -dc"}
-WHAT_TO_GIVE = "give a model_*.pt that train_gpt.py wrote, a GPT-2 size, or a folder of transformers"
+WHAT_TO_GIVE = "give a model_*.pt that train_gpt.py wrote, a GPT-2 size, or a transformers folder"
 
 
 def is_zip(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Finds the model that a name means: a GPT-2 size, a checkpoint, the folder of a run or of transformers."""
+"""Finds the model that a name refers to: a GPT-2 size, a checkpoint, a run's or a transformers folder."""
 
 import math
 import os
@@ -23,10 +23,10 @@ from utils.weights.file_kinds import WHAT_TO_GIVE
 
 
 def find_model(source: str | Path, sizes: Collection[str]) -> str | Path:
-    """One of the `sizes`, a model file, or a folder of transformers; what `source` means, without reading it.
+    """What `source` refers to, without reading it: one of the `sizes`, a model file or a transformers folder.
 
     The folder of a run stands for its checkpoint of the highest step, which is named on stderr. Raises
-    UserError for a name of nothing, and for an optimizer file.
+    UserError for a name that matches nothing, and for an optimizer file.
     """
     if str(source) in sizes:
         return str(source)
@@ -41,7 +41,7 @@ def find_model(source: str | Path, sizes: Collection[str]) -> str | Path:
         raise missing_file(path)
     close = similar(path.name, sizes) or similar_model(path)
     meant = f"did you mean {quoted(close)}? " if close else ""
-    hint = f"{meant}or give a checkpoint (log/model_*.pt) or a folder of transformers"
+    hint = f"{meant}or give a checkpoint (log/model_*.pt) or a transformers folder"
     raise UserError(f"unknown model {str(source)!r}; choose {', '.join(sizes)}", hint)
 
 
@@ -60,7 +60,9 @@ def newest_of_run(folder: Path) -> Path:
     if path is None:
         runs = sorted({file.parent for file in folder.glob("*/model_*.pt")})
         hint = f"it holds runs: give {' or '.join(map(quoted, runs[:4]))}" if runs else WHAT_TO_GIVE
-        what = f"{folder} is a folder without config.json, so not one of transformers, and without model_*.pt"
+        what = (
+            f"{folder} is a folder without config.json, so not a transformers folder, and without model_*.pt"
+        )
         raise UserError(what, hint)
     text = f"model: {path}"
     step = saved_step(best) if best.exists() else math.inf  # infinite also for a damaged file

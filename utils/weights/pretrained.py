@@ -1,4 +1,4 @@
-"""OpenAI's GPT-2 and folders of transformers: their weights as a state dict of ours, and their tokenizer."""
+"""OpenAI's GPT-2 and transformers folders: their weights as a state dict of ours, and their tokenizer."""
 
 import json
 import pickle
@@ -81,7 +81,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"found {shown(content)}")
         return content
     except FileNotFoundError as error:
-        what = f"{path.parent} is a folder without {path.name}, so not one of transformers"
+        what = f"{path.parent} is a folder without {path.name}, so not a transformers folder"
         raise UserError(what, WHAT_TO_GIVE) from error
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]

@@ -1,4 +1,4 @@
-"""What files of others must hold before anything is built from them: one schema for each, as data.
+"""What a file must hold before anything is built from it: one schema for each, as data.
 
 A schema is a `Rule`, or a dict of schemas by key. Only what it names is used: unknown keys are left out, so a
 later version may add some. A new field of GPTConfig, tokenizer or optimizer is a line here.
@@ -59,12 +59,12 @@ def is_int(value: Any, lowest: int = 0, largest: int = LARGEST_INT) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number of a size with which one can calculate."""
+    """Whether it is a finite number that is not too large to calculate with."""
     return type(value) in (int, float) and -LARGEST_NUMBER <= value <= LARGEST_NUMBER
 
 
 def is_plain(value: Any, depth: int = 4) -> bool:
-    """Whether it is None, a number, a text, or a list or dict of these, nested at most so deep."""
+    """Whether it is None, a number, a text, or a list or dict of these, nested at most `depth` deep."""
     if isinstance(value, (list, tuple, dict)):
         values = value.values() if isinstance(value, dict) else value
         return depth > 0 and all(is_plain(entry, depth - 1) for entry in values)
