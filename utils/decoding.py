@@ -106,7 +106,8 @@ class StaticDecoder:
         size = next(size for size in self.buckets if size >= length)
         shape = (config.n_layer, 2, batch_size, config.n_head, size, config.n_embd // config.n_head)
         self.buffer = weight.new_zeros(shape)  # (L, 2, B, H, S, D); zeros: a NaN would pass the mask
-        self.mask = weight.new_empty(1, 1, 1, size)  # added to attention scores: 0 where filled, else -inf
+        # Added to attention scores: 0 where filled, else -inf. Rows are aligned, as kernels need it.
+        self.mask = weight.new_empty(1, 1, 1, -(-size // 16) * 16)
         self.logits = weight.new_empty(batch_size, config.vocab_size, dtype=torch.float32)  # (B, V)
         self.token = torch.zeros(batch_size, 1, dtype=torch.long, device=weight.device)
         self.position = torch.zeros(1, dtype=torch.long, device=weight.device)

@@ -129,7 +129,7 @@ class Part(NamedTuple):
 
 # Correctness first: where time runs out, speeds are missing.
 PARTS = {
-    "tests": Part("pytest tests/test_cuda.py -q -p no:cacheprovider", "", "", 150, proves=True),
+    "tests": Part("pytest tests/test_cuda.py -q -p no:cacheprovider --durations 8", "", "", 210, proves=True),
     "loss": Part(
         command="tests.benchmarks loss",
         flags="",

@@ -1,7 +1,8 @@
 """Sampling with a static cache and CUDA graphs, and without: one text and several together, float32 and bf16.
 
 Greedy decoding with random weights, all in this process. In float32 every token must be the likeliest one of
-a pass over the whole text, without a cache. On a CPU the static decoder repeats its step without a graph.
+a pass over the whole text, without a cache. On a CPU the static decoder repeats its step without a graph. The
+forms without graphs attend without cuDNN.
 """
 
 from __future__ import annotations
@@ -66,6 +67,16 @@ def hugging_face(twin: Any, prompt: Tensor, num_tokens: int) -> Tensor:
     return twin.generate(prompt, attention_mask=mask, do_sample=False, pad_token_id=0, **length)
 
 
+def without_cudnn(sampler: Sampler, prompt: Tensor, num_tokens: int) -> Tensor:
+    """For texts that grow by a token at a time: cuDNN would plan its attention anew for each length."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        return sampler(prompt, num_tokens)
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 @torch.inference_mode()
 def compare_with_one_pass(model: GPT, text: Tensor) -> dict[str, float]:
     """The share of tokens (B, T) that a pass without a cache finds likeliest, and the largest deficit."""
@@ -89,10 +100,10 @@ def measure(args: Namespace) -> dict[str, Any]:
         model = model.to(DTYPES[dtype])
         forms = {
             "ours, graphs": partial(ours, model, graphs=True),
-            "ours, eager": partial(ours, model, graphs=False),
+            "ours, eager": partial(without_cudnn, partial(ours, model, graphs=False)),
         }
         if dtype == "bfloat16":
-            forms["Hugging Face"] = partial(hugging_face, twin)
+            forms["Hugging Face"] = partial(without_cudnn, partial(hugging_face, twin))
         # The weights are read once for a token of all texts.
         limit = num_texts * bandwidth / (DTYPES[dtype].itemsize * num_weights)
         for name, sampler in forms.items():
@@ -116,7 +127,7 @@ def measure_speed(
 ) -> tuple[float, Tensor]:
     """Median tokens per second of all texts together, and the texts (B, T)."""
     prompt = torch.arange(num_texts, device=device).unsqueeze(1)  # (B, 1)
-    sampler(prompt, min(32, args.max_new_tokens))  # loads kernels
+    sampler(prompt, args.max_new_tokens)  # loads the kernels of all lengths
     work = partial(sampler, prompt, args.max_new_tokens)
     results = [time_once(work, device) for _ in range(args.rounds)]
     seconds = statistics.median(duration for duration, _ in results)

@@ -111,6 +111,8 @@ def measure(args: Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as name:
         data = prepare_data(part, args.data, Path(name))
         flags = [*part.flags.split(), "--device", args.device, "--data", data]
+        if device.type == "cuda" and not args.toy:
+            flags.append("--compile")  # both recipes: "auto" decides by a run's length
         figures["optimizer_milliseconds"] = {
             recipe: optimizer_milliseconds([*flags, "--recipe", recipe], device) for recipe in COLORS
         }

@@ -20,7 +20,7 @@ from utils.training.flags import fitting_micro_batch
 if TYPE_CHECKING:
     from gpt_model import GPT
 
-HEADROOM = 0.9  # share of the device's memory: exchange buffers and fragmentation need the rest
+HEADROOM = 0.9  # share of the device's memory: exchange buffers and kernels need the rest
 
 
 def forward_backward(
@@ -110,7 +110,11 @@ def choose_micro_batch(
         return Decision(default, "the batch is not a multiple of the windows of all ranks")
     weights = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     with announced("searching for the largest micro-batch", shown=dist.is_master):
-        found = largest_that_fits(lambda B: _trial_step(model, B, args.seq_len, dist.device, dtype), rows)
+        torch.cuda.set_per_process_memory_fraction(HEADROOM, dist.device)
+        try:
+            found = largest_that_fits(lambda B: _trial_step(model, B, args.seq_len, dist.device, dtype), rows)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, dist.device)
     model.load_state_dict(weights)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(dist.device)
@@ -136,16 +140,12 @@ def largest_that_fits(try_step: Callable[[int], None], rows: int) -> int:
 def _trial_step(model: "GPT", B: int, seq_len: int, device: torch.device, dtype: torch.dtype) -> None:
     """Two updates on B random rows through the bare module, without collectives: ranks may differ."""
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
     optimizer = model.configure_optimizers(0.0, 0.0, device.type, is_master_process=False)
     rows = torch.randint(0, model.config.vocab_size, (B, seq_len), device=device)
     try:
         for _ in range(2):  # the second with the moments in place, as every step of a run but its first
             forward_backward(model, rows, rows, dtype)
             optimizer.step()
-        total = torch.cuda.get_device_properties(device).total_memory
-        if torch.cuda.max_memory_allocated(device) > HEADROOM * total:
-            raise torch.OutOfMemoryError(f"{B} rows leave no headroom")
     finally:
         model.zero_grad(set_to_none=True)
 
