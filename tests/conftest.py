@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def run(
-    *arguments: str | Path | int, cwd: Path = ROOT, timeout: float = 120, **environment: str
+    *arguments: str | Path | int, cwd: Path = ROOT, timeout: float = 600, **environment: str
 ) -> subprocess.CompletedProcess:
     """Runs `python ARGUMENTS` without a network, and returns the process with its output as text.
 
@@ -193,8 +193,9 @@ class FileHandler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server() -> Iterator[FileServer]:
-    """A running FileServer."""
+def server(monkeypatch) -> Iterator[FileServer]:
+    """A running FileServer, reached without a proxy."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     server = FileServer()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server

@@ -59,7 +59,7 @@ def measured(tmp_path: Path, *arguments: Any, **environment: str) -> tuple[dict[
 def test_steps_are_compared_at_equal_losses(tmp_path: Path):
     """Ours, plain PyTorch and Hugging Face have the same losses in every step of two micro-batches."""
     sizes = "--seq-len 16 --micro-batch 2 --micro-steps 2 --vocab-size 300 --rounds 2".split()
-    figures, printed = measured(tmp_path, "step", *TOY, *sizes, "--device", "cpu")
+    figures, printed = measured(tmp_path, "step", *TOY, *sizes, "--device", "cpu", "--dtype", "float32")
     size = figures["sizes"]["custom"]
     assert figures["agree"] and size["losses_agree"] and size["losses_apart"] < 1e-4
     assert set(size["contenders"]) == {"ours", "plain eager", "Hugging Face"}
@@ -526,8 +526,8 @@ def test_evaluated_models_have_the_linear_layers_of_the_scripts(monkeypatch: pyt
 
 
 @pytest.mark.slow
-def test_the_command_for_a_card_runs_at_toy_size(tmp_path: Path):
-    """Every part, in its order, with its bars; a CPU skips the tests of a GPU and meets no bar of speed."""
+def test_the_command_for_a_gpu_runs_at_toy_size(tmp_path: Path):
+    """Every part, in its order, with its bars, met or not as the figures say; a CPU skips the tests."""
     flags = ("--toy", "--hellaswag-dir", FIXTURES, "--commit", "abc")
     figures, printed = measured(tmp_path, "cuda", *flags, TRITON_INTERPRET="1")
     parts = figures["parts"]
@@ -537,9 +537,10 @@ def test_the_command_for_a_card_runs_at_toy_size(tmp_path: Path):
         assert part["status"].startswith("done after ") and part["right"], name
         assert f"== {name}, at most " in printed and f"{name}: done after " in printed
         assert len(part["bars"]) == len(benchmark_cuda.PARTS[name].bars)
-    assert re.search(r"\d+ skipped in ", parts["tests"]["output"][-1])
+    assert re.search(r"^\d+ skipped\b", parts["tests"]["output"][-1])
     bars = {bar["name"]: bar for part in parts.values() for bar in part["bars"]}
-    assert bars["tokens/s of 8 texts, bf16"]["value"] > 0 and not bars["tokens/s of 8 texts, bf16"]["met"]
+    speed = bars["tokens/s of 8 texts, bf16"]
+    assert speed["value"] > 0 and speed["met"] is (speed["value"] >= 8000)
     assert bars["seconds for all examples"]["met"] and bars["peak memory at B64 in GB"]["value"] is None
 
 

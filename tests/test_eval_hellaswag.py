@@ -496,7 +496,8 @@ def test_the_benchmark_measures_both_forms_and_checks_that_they_agree(tmp_path):
     """A toy size: figures on the console and in the file, and the losses agree."""
     process = run(
         "-m", "tests.benchmarks", "hellaswag", "--examples", 3, "--rounds", 2, "--n-layer", 1, "--n-head", 2,
-        "--n-embd", 16, "--device", "cpu", "--hellaswag-dir", FIXTURES, "--json", tmp_path / "figures.json",
+        "--n-embd", 16, "--device", "cpu", "--dtype", "float32", "--hellaswag-dir", FIXTURES,
+        "--json", tmp_path / "figures.json",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())

@@ -24,6 +24,7 @@ from utils.console import (
     guarded_streams,
     handle_interrupt,
     imports,
+    launched_by_torchrun,
     printable,
     second_interrupt_exits,
     watched_signals,
@@ -34,6 +35,9 @@ from utils.suggestions import flags_meant_by, similar
 # Of flags and files: larger numbers overflow somewhere, and mean nothing in a training run.
 LARGEST_INT = 10**15
 LARGEST_NUMBER = 1e30
+# In errors of PyTorch that are not OutOfMemoryErrors: of the CPU, of the CUDA driver, of cuBLAS.
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+RANK_0_SECONDS = 1.0  # to print an error of all ranks: torchrun ends it as soon as another rank has ended
 
 
 class UserError(ValueError):
@@ -107,6 +111,8 @@ def _run(main: Callable[[], int | None], local_rank: Callable[[], int]) -> int:
         if rank == 0 or error.one_rank_only:
             sys.stdout.flush()
             print(lines, file=sys.stderr, flush=True)
+        elif launched_by_torchrun():
+            time.sleep(RANK_0_SECONDS)
         code = error.exit_code
     except ResultLost as error:
         if isinstance(error.__cause__, BrokenPipeError):
@@ -151,8 +157,8 @@ def tell_torchrun(text: str) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the memory of a device or of the machine did not suffice. Needs no torch."""
-    is_torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or is_torchs
+    is_torchs = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_torchs or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def _in_process_group() -> bool:

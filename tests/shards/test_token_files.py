@@ -335,7 +335,7 @@ def test_datatrove_makes_the_same_ids_of_the_same_documents(tmp_path, tasks, shu
     paths = [tmp_path / name for name in ("pipeline.py", "in", "ds", "tokenizer.json")]
     command = [sys.executable, *map(str, paths), str(tasks), shuffle, str(tmp_path / "logs")]
     environment = {"PATH": "", **OFFLINE, "HOME": str(tmp_path)}
-    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT, timeout=100)
+    subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT, timeout=600)
     build(tmp_path / "npy", tmp_path / "in")
     ours = tokens_of(tmp_path / "npy").tolist()
     streams = [ShardStream(tmp_path / "ds", split, 50257, T) for split in ("val", "train")]

@@ -3,7 +3,7 @@
 Environment variables:
     WATCH: a folder that receives, for every rank, the windows of each micro-step and the gradients of the
         first step.
-    FAULT: WHAT@STEP:RANK; WHAT is raise, kill, hang, exit, sigterm or nan.
+    FAULT: WHAT@STEP:RANK; WHAT is raise, kill, hang, exit, sigterm, nan, or wait (for a signal).
     SLOW_SAVE: seconds by which every save is delayed.
 """
 
@@ -45,7 +45,12 @@ def update_with_fault(state: TrainState, *rest: Any) -> tuple[float, float]:
         if what == "exit":
             os._exit(0)
         if what == "hang":
-            time.sleep(600)
+            time.sleep(6000)
+        if what == "wait":
+            poll = rest[6]
+            while not poll.__self__.received:
+                time.sleep(0.05)
+            return real_update(state, *rest)
         if what == "nan":
             real_loss = gpt_model.fused_cross_entropy
             gpt_model.fused_cross_entropy = lambda *args: real_loss(*args) * float("nan")

@@ -56,7 +56,7 @@ def own_lines(output: str, *starts: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith(starts)]
 
 
-def finish(process: subprocess.Popen, timeout: float = 90) -> str:
+def finish(process: subprocess.Popen, timeout: float = 300) -> str:
     """Waits for a job and returns its output; a job that hangs is killed, and the test fails."""
     try:
         return process.communicate(timeout=timeout)[0]
@@ -134,12 +134,10 @@ def test_two_nodes_train_as_one(short_text, jobs, tmp_path):
 @pytest.mark.parametrize("fault", ["raise", "kill", pytest.param("exit", marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(fault, short_text, tmp_path):
-    """Within seconds and not with 0: the cause is printed, earlier checkpoints and no partial file remain."""
-    started = time.monotonic()
-    process = torchrun(2, short_text, tmp_path, FAULT=f"{fault}@7:1")
-    output = finish(process, timeout=60)
+    """At once and not with 0: the cause is printed, earlier checkpoints and no partial file remain."""
+    process = torchrun(2, short_text, tmp_path, "--dist-timeout", "6000", FAULT=f"{fault}@7:1")
+    output = finish(process)  # whose limit is far below that of the ranks
     assert process.returncode != 0
-    assert time.monotonic() - started < 45
     if fault == "raise":
         assert "injected fault" in output and "rank 1 failed at step 7:" in output
     assert sorted(path.name for path in tmp_path.glob("model_0*")) == ["model_00003.pt", "model_00006.pt"]
@@ -151,7 +149,7 @@ def test_a_rank_that_dies_ends_the_job(fault, short_text, tmp_path):
 def test_a_rank_that_hangs_ends_the_job_after_the_timeout(short_text, tmp_path):
     """After --dist-timeout seconds the other ranks end the job."""
     process = torchrun(2, short_text, tmp_path, "--dist-timeout", "6", FAULT="hang@4:1")
-    output = finish(process, timeout=60)
+    output = finish(process)
     assert process.returncode != 0 and "imed out" in output
 
 
@@ -169,8 +167,8 @@ def test_a_non_finite_loss_on_one_rank_stops_all_ranks(short_text, tmp_path):
 @pytest.mark.slow
 def test_a_save_may_take_longer_than_the_timeout(short_text, tmp_path):
     """--dist-timeout does not apply while the other ranks wait for rank 0 to save."""
-    flags = ("--max-steps", "3", "--dist-timeout", "4")
-    finished(2, short_text, tmp_path, *flags, SLOW_SAVE="4")
+    flags = ("--max-steps", "3", "--dist-timeout", "10")  # it also limits how far apart the ranks may start
+    finished(2, short_text, tmp_path, *flags, SLOW_SAVE="10")
     assert (tmp_path / "model_00003.pt").exists()
 
 
@@ -193,14 +191,14 @@ def test_a_port_in_use_is_an_error_with_its_address(tmp_path):
 def test_a_signal_to_one_process_stops_all_ranks_after_saving(target, short_text, tmp_path, jobs):
     """SIGTERM to torchrun or to one worker; the resumed job writes the log of an uninterrupted one."""
     if target == "launcher":
-        process = torchrun(2, short_text, tmp_path)
+        process = torchrun(2, short_text, tmp_path, FAULT="wait@7:0")
         for line in process.stdout:
             if "step     6 |" in line:
                 break
         process.send_signal(signal.SIGTERM)
     else:
         process = torchrun(2, short_text, tmp_path, FAULT="sigterm@6:1")
-    output = finish(process, timeout=60)
+    output = finish(process)
     assert "received SIGTERM: saved" in output, output
     finished(2, short_text, tmp_path, "--resume")
     assert (tmp_path / "log.txt").read_bytes() == (jobs[2] / "log.txt").read_bytes()

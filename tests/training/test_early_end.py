@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -101,6 +102,7 @@ def test_a_time_limit_stops_like_a_signal(short_text, tmp_path, undisturbed, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "update", update)
+        patch.setattr(signals, "PROCESS_START", time.monotonic())
         assert train(short_text, tmp_path, "--max-hours", "1") == 143
     out = capsys.readouterr().out
     assert re.search(r"reached --max-hours: saved .* at step 7; run it again with --resume", out)

@@ -231,5 +231,5 @@ def test_a_picture_replaces_no_link(target, tmp_path):
         written = tmp_path / "read.png"  # a second pipe could fill up before anyone reads it
         reader = subprocess.Popen(["dd", "status=none", f"if={tmp_path / target}", f"of={written}"])
     assert plotting.main([str(log_dir), "--out", str(out)]) == 0
-    assert reader is None or reader.wait(timeout=60) == 0
+    assert reader is None or reader.wait(timeout=300) == 0
     assert written.read_bytes().startswith(b"\x89PNG") and out.is_symlink()

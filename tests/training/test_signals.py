@@ -73,7 +73,7 @@ def test_a_killed_process_is_resumed_bitwise(short_text, undisturbed, tmp_path):
     process.kill()
     process.communicate()
     resumed = start(short_text, tmp_path, "--resume")
-    out, error = resumed.communicate(timeout=120)
+    out, error = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, error
     assert "resumed" in out
     # Bitwise, because both processes use one thread.
@@ -85,7 +85,7 @@ def test_ctrl_c_saves(short_text, tmp_path):
     process = start(short_text, tmp_path / "a", "--max-steps", "100000")
     wait_for(process, "step     5 |")
     os.killpg(process.pid, signal.SIGINT)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=300)
     assert process.returncode == 130, error
     assert "received SIGINT: saved" in out and "Traceback" not in error
 
@@ -97,14 +97,14 @@ def test_a_closed_terminal_saves_unless_it_is_ignored(short_text, tmp_path):
     process = start(short_text, tmp_path / "a", "--max-steps", "100000")
     wait_for(process, "step     5 |")
     process.send_signal(signal.SIGHUP)
-    out, error = process.communicate(timeout=60)
+    out, error = process.communicate(timeout=300)
     assert process.returncode == 143 and "received SIGHUP: saved" in out, error
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     process = start(short_text, tmp_path / "b")
     signal.signal(signal.SIGHUP, earlier)
     wait_for(process, "step     1 |")
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 0 and (tmp_path / "b" / "model_00020.pt").exists()
+    assert process.wait(timeout=300) == 0 and (tmp_path / "b" / "model_00020.pt").exists()
 
 
 def test_a_stop_before_the_first_update_leaves_no_checkpoint(short_text, tmp_path, monkeypatch, capsys):
@@ -123,10 +123,11 @@ def test_a_signal_during_the_set_up_ends_the_process_at_once(number, code, tmp_p
     text.write_text("".join(f"word{i} " for i in range(4_000_000)))
     process = start(text, tmp_path / "log", "--tokenizer", "gpt2")
     while not (tmp_path / "log" / ".lock-holder").exists():
+        assert process.poll() is None
         time.sleep(0.01)
     time.sleep(0.5)
     process.send_signal(number)
-    out, error = process.communicate(timeout=5)
+    out, error = process.communicate(timeout=300)
     assert process.returncode == code and error.endswith("before the first step: nothing to save\n")
     assert not list((tmp_path / "log").glob("*.pt"))
 
