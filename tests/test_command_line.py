@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import build_fineweb_edu_shards
+import eval_hellaswag
+import generate
+import train_gpt
 from tests.conftest import ROOT, run
 from utils.command_line import (
     ArgumentParser,
@@ -238,7 +242,28 @@ def test_a_path_may_begin_with_a_tilde_and_has_no_nul(type, monkeypatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     parser = ArgumentParser(prog="x")
     parser.add_argument("--log-dir", type=type, nargs="+")
-    for given, expected in (("~/a_b", f"{tmp_path}/a_b"), ("~", str(tmp_path)), ("a~b", "a~b"), ("", "")):
+    for given, expected in (("~/a_b", f"{tmp_path}/a_b"), ("~", str(tmp_path)), ("a~b", "a~b")):
         assert parser.parse_args([f"--log_dir={given}"]).log_dir == [type(expected)]
     with pytest.raises(UserError, match=r"'a\\x00b' has a NUL character"):
         parser.parse_args(["--log-dir", "a\0b"])
+
+
+@pytest.mark.parametrize("value", ["", " \n"])
+@pytest.mark.parametrize(
+    ("main", "flag"),
+    [
+        (train_gpt.main, "--init-from"),
+        (train_gpt.main, "--data"),
+        (train_gpt.main, "--log-dir"),
+        (train_gpt.main, "--resume"),
+        (generate.main, "--model-name"),
+        (eval_hellaswag.main, "--output"),
+        (build_fineweb_edu_shards.main, "--input"),
+    ],
+)
+def test_the_value_of_a_variable_that_is_not_set_is_no_path(main, flag, value):
+    """`--init-from "$CHECKPOINT"` would otherwise train from random weights, or read the current folder."""
+    with pytest.raises(
+        UserError, match=f"{flag}.* is no path; is it a variable of the shell that is not set"
+    ):
+        main([flag, value])

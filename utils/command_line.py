@@ -241,6 +241,10 @@ def command_name(prog: str) -> str:
 
 def path_text(text: str) -> str:
     """A path, or a name such as gpt2; `~` is the home folder, also after `=`, where the shell leaves it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no path; is it a variable of the shell that is not set?"
+        )
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no file name has")
     path = os.path.expanduser(text)

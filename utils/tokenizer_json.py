@@ -59,6 +59,8 @@ def tokenizer_name(text: str, kinds: tuple[str, ...] = ("gpt2", "char")) -> str:
             raise argparse.ArgumentTypeError(f"{text} has {int(size):,} tokens (expected {expected})")
         return f"bpe:{int(size)}"
     path = Path(path_text(text))
+    if not os.path.exists(path) and (os.sep in text or path.suffix == ".json"):
+        return str(path)  # a resumed run does not need it; any other one says so when it reads it
     if not os.path.exists(path / FILE_NAME if os.path.isdir(path) else path):
         expected = f"{', '.join(kinds)}, bpe:N, or the path of a {FILE_NAME}"
         close = similar(text, kinds) or similar_file(path)

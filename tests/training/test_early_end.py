@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ import torch
 
 import train_gpt
 from gpt_model import GPT
-from tests.small_runs import Killed, assert_same_run, kill_in_update, losses_of, train
+from tests.small_runs import Killed, assert_same_run, kill_in, kill_in_update, losses_of, train
 from utils.command_line import UserError
-from utils.training import signals
+from utils.training import resume, signals
 from utils.training.state import Progress, TrainState
+from utils.weights.checkpoint import saved_step
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -64,7 +67,7 @@ def test_a_run_without_a_new_best_ends_complete(short_text, tmp_path, with_losse
     assert out[-2].startswith("already complete: step 8 of 20, the model is ") and out[-1] == last
     (tmp_path / "model_best.pt").unlink()
     assert train(short_text, tmp_path, "--patience", "1", "--resume") == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f" at step 4: no longer in {tmp_path}")
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" at step 4: not in {tmp_path}")
 
 
 def test_the_patience_survives_a_kill_and_can_be_raised(short_text, tmp_path, with_losses, monkeypatch):
@@ -80,6 +83,56 @@ def test_the_patience_survives_a_kill_and_can_be_raised(short_text, tmp_path, wi
     assert losses_of(tmp_path / "killed")[-1][0] == "8 val"
     assert train(short_text, tmp_path / "killed", *every, "--patience", "3", "--resume") == 0
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_the_best_checkpoint_survives_a_kill_after_the_next_one(
+    short_text, tmp_path, with_losses, monkeypatch, capsys
+):
+    """The run continues from an older checkpoint, which was the best one; the later file is archived."""
+    with_losses({**LOSSES, 8: 2.4})
+    every = ("--checkpoint-every", "4", "--sample-every", "0")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in(patch, "save_checkpoint", lambda state, *rest: state.progress.step == 8)
+        train(short_text, tmp_path, *every)
+    assert saved_step(tmp_path / "model_best.pt") == 8
+    with_losses({step: 2.5 if step == 4 else 3.0 for step in LOSSES})  # another GPU may round differently
+    assert train(short_text, tmp_path, *every, "--patience", "2", "--resume") == 0
+    assert saved_step(tmp_path / "model_best.pt") == 4
+    (archived,) = tmp_path.glob("archive/*/model_best.pt")
+    assert saved_step(archived) == 8
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f" 2.5000 at step 4: {tmp_path}/model_best.pt")
+
+
+def test_val_losses_on_other_tokens_are_not_compared(short_text, tmp_path, with_losses, monkeypatch, capsys):
+    """With another --val-tokens the first one is the best again; the file of the earlier best is kept."""
+    with_losses({**LOSSES, 4: 1.0})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_update(patch, 10)
+        train(short_text, tmp_path, "--val-tokens", "16")
+    assert train(short_text, tmp_path, "--val-tokens", "32", "--patience", "1", "--resume") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f" best val loss 2.4000 at step 12: {tmp_path}/model_best.pt")
+    (archived,) = tmp_path.glob("archive/*/model_best.pt")
+    assert (saved_step(archived), saved_step(tmp_path / "model_best.pt")) == (4, 12)
+
+
+def test_a_best_checkpoint_that_could_not_be_saved_is_not_named(
+    short_text, tmp_path, with_losses, monkeypatch, capsys
+):
+    """The last line does not name a file with the weights of an earlier step."""
+    with_losses({**LOSSES, 8: 2.45})
+    real = resume.save_model
+
+    def save_model(path: Path, content: dict[str, Any]) -> None:
+        if content["step"] == 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(resume, "save_model", save_model)
+    assert train(short_text, tmp_path, "--patience", "1") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-1].endswith(f"; best val loss 2.4000 at step 12: not in {tmp_path}")
+    assert saved_step(tmp_path / "model_best.pt") == 8
 
 
 def test_the_best_checkpoint_cannot_be_resumed_from(short_text, stopped_run):

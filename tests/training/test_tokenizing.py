@@ -197,6 +197,22 @@ def test_a_changed_text_is_refused_when_resuming(whole, tmp_path):
     assert "another tokenizer" not in str(caught.value)
 
 
+def test_a_resumed_run_does_not_read_the_tokenizer_json_again(world, tmp_path, monkeypatch):
+    """The file may be gone: the checkpoint has the tokenizer. A run that starts needs it."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(train_bpe([WORLD], 300)["json"], encoding="utf-8")
+    flags = ("--tokenizer", str(path), "--max-steps", "8")
+    assert train(world, tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_in_update(patch, 7)
+        train(world, tmp_path / "log", *flags)
+    path.unlink()
+    assert train(world, tmp_path / "log", *flags, "--resume") == 0
+    assert_same_run(tmp_path / "log", tmp_path / "whole", step=8)
+    with pytest.raises(UserError, match=f"cannot read {path}: No such file"):
+        train(world, tmp_path / "log", *flags)
+
+
 def test_the_model_is_read_by_every_program(world, whole, tmp_path, capsys, monkeypatch):
     """Sampling, val loss with bits per byte, fine-tuning, HellaSwag: with the tokenizer in the checkpoint."""
     model = str(whole / "model_00020.pt")

@@ -69,17 +69,20 @@ def reserved(log_dir: Path, dist: Distributed) -> Iterator[None]:
         yield
 
 
-def archive_run(log_dir: Path, checkpoints_after: int | None = None) -> Path | None:
+def archive_run(
+    log_dir: Path, checkpoints_after: int | None = None, *, with_best: bool = False
+) -> Path | None:
     """Moves the files of an earlier run to `archive/<time of its first file>/`.
 
     Checkpoints go first, one rename each, so that a kill halfway leaves no checkpoint without its log. With
-    `checkpoints_after`, only those of later steps are moved. Returns the folder, None if nothing was moved.
+    `checkpoints_after`, only those of later steps are moved, and with `with_best` model_best.pt of any step.
+    Returns the folder, None if nothing was moved.
     """
     files = [path for pattern in RUN_FILES for path in log_dir.glob(pattern)]
     if checkpoints_after is not None:
         files = [path for path in files if path.suffix == ".pt" and step_of(path) > checkpoints_after]
         best = best_path(log_dir)
-        files += [best] if best.exists() and saved_step(best) > checkpoints_after else []
+        files += [best] if best.exists() and (with_best or saved_step(best) > checkpoints_after) else []
     if not files:
         return None
     started = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(min(path.stat().st_mtime for path in files)))

@@ -4,6 +4,7 @@ A resumed run is bitwise equal to an uninterrupted one on the same machine, PyTo
 and of threads, in eager mode; on CUDA with --deterministic.
 """
 
+import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ import torch
 from utils.command_line import UserError, format_bytes
 from utils.console import announced, say, warn
 from utils.distributed import Distributed, restart_count
-from utils.files import free_bytes
+from utils.files import free_bytes, whole_file
 from utils.runtime import device_name
 from utils.text_files import quoted
 from utils.training.data_source import Data
@@ -36,6 +37,7 @@ from utils.weights.checkpoint import (
     prune,
     save_model,
     save_pair,
+    saved_step,
     versions,
 )
 
@@ -122,8 +124,8 @@ def save_best(state: TrainState, identity: Identity, args: Namespace, log: RunLo
 def why_it_ended(progress: Progress, args: Namespace) -> str:
     """What to say of a run that ended before its last update, because of `--patience`."""
     file = best_path(args.log_dir) if progress.best_step else "the weights that it started from"
-    if progress.best_step and not best_path(args.log_dir).exists():
-        file = f"no longer in {args.log_dir}"  # archived, or of a run in another log directory
+    if progress.best_step and saved_step(best_path(args.log_dir)) != progress.best_step:
+        file = f"not in {args.log_dir}"  # not saved, archived, or of a run in another log directory
     return (
         f"ended by --patience {args.patience} at step {progress.step} of {args.max_steps}; "
         f"best val loss {progress.best_loss:.4f} at step {progress.best_step}: {file}"
@@ -239,7 +241,10 @@ def start_or_resume(
             warn(warning)
         check_fits(checkpoint, state.model, state.optimizers)
         if path.resolve().parent == args.log_dir.resolve():
-            archive_run(args.log_dir, checkpoints_after=step)
+            other_val = has_other_val_tokens(checkpoint.state, args)
+            archive_run(args.log_dir, checkpoints_after=step, with_best=other_val)
+            if not other_val:
+                restore_best(args.log_dir, checkpoint)
             cut_logs_back(args.log_dir, checkpoint.state["log"])
             state.resumed_from = path
         else:
@@ -255,12 +260,33 @@ def start_or_resume(
     if saved:
         state.load_state_dict(saved)
         state.saved = state.moment()
+        if has_other_val_tokens(saved, args):
+            state.progress.forget_best()
         rng = saved["rng"]
         if len(rng["cpu"]) == dist.world_size:
             torch.set_rng_state(rng["cpu"][dist.rank].cpu())
             if dist.device.type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"][dist.rank].cpu(), dist.device)
     return lines
+
+
+def has_other_val_tokens(saved: dict[str, Any], args: Namespace) -> bool:
+    """Whether the run of a checkpoint measured val losses on another number of tokens."""
+    return saved["train_args"].get("val_tokens", args.val_tokens) != args.val_tokens
+
+
+def restore_best(log_dir: Path, checkpoint: Checkpoint) -> None:
+    """Copies a checkpoint with the lowest val loss to model_best.pt, if that is gone.
+
+    A kill after the next best one leaves a file of a later step, which is archived.
+    """
+    path, step = best_path(log_dir), checkpoint.state["step"]
+    if checkpoint.state.get("best_step") == step > 0 and not path.exists():
+        try:
+            with open(checkpoint.path, "rb") as source, whole_file(path, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+        except OSError as error:
+            warn(f"could not copy {checkpoint.path} to {path}: {error.strerror}")
 
 
 def check_same_run(identity: Identity, checkpoint: Checkpoint) -> list[str]:

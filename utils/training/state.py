@@ -47,6 +47,10 @@ class Progress:
         self.best_loss, self.best_step, self.since_best = loss, self.step, 0
         return True
 
+    def forget_best(self) -> None:
+        """From here on val losses are measured on other tokens, so earlier ones do not compare."""
+        self.best_loss, self.best_step, self.since_best = None, 0, 0
+
     def ends(self, args: Namespace) -> bool:
         """Whether there are no more updates: all are done, or `--patience` is exhausted."""
         return self.step >= args.max_steps or 0 < args.patience <= self.since_best

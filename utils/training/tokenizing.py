@@ -36,15 +36,17 @@ def requested_tokenizer(
     """State of the tokenizer that `--tokenizer` names; None without the flag: the data decides.
 
     {"name": "char"}, and {"name": "bpe", "vocab_size": N}, say what to make of the text. A resumed run takes
-    the BPE that was trained for it from its checkpoint. Rank 0 reads a file.
+    from its checkpoint what was trained for it, or read from a file that is gone. Rank 0 reads a file.
     """
     if requested in (None, "gpt2", "char"):
         return requested and {"name": available_tokenizer(requested, dist)}
-    if not requested.startswith("bpe:"):
-        return dist.on_master(lambda: read_tokenizer(Path(requested)))
+    saved = None
     if checkpoint and checkpoint.state["train_args"].get("tokenizer") == requested:
-        return checkpoint.model["tokenizer"]
-    return {"name": "bpe", "vocab_size": int(requested.removeprefix("bpe:"))}
+        saved = checkpoint.model["tokenizer"]
+    if not requested.startswith("bpe:"):
+        path = Path(requested)
+        return dist.on_master(lambda: saved if saved and not os.path.exists(path) else read_tokenizer(path))
+    return saved or {"name": "bpe", "vocab_size": int(requested.removeprefix("bpe:"))}
 
 
 def fits_request(requested: str, state: dict[str, Any]) -> bool:
