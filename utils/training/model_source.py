@@ -59,7 +59,7 @@ def load_model_and_data(
     model = load_model(factory, args, dist, checkpoint)
     args.seq_len = args.seq_len or model.config.block_size
     tokenizer = model.tokenizer_state if model else requested_tokenizer(args.tokenizer, checkpoint, dist)
-    shortest = 0 if args.eval_part else args.seq_len  # a part may be shorter than a window
+    shortest = 0 if args.eval_only and args.eval_part else args.seq_len  # a part may be shorter than a window
     data = open_data(fetch(args.data, dist), tokenizer, shortest, dist)
     args.tokenizer = args.tokenizer or data.tokenizer.name
     sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.seq_len)
