@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -303,6 +304,21 @@ def test_training_on_shards_uses_their_tokenizer(shards, tmp_path, capsys):
     assert record["settings"]["tokenizer"] == "bpe:300"
     assert train_on_shards(shards, tmp_path / "0", "--resume", "--max-steps", "3") == 0
     assert train_on_shards(shards, tmp_path / "3", "--init-from", str(tmp_path / "0" / "model_00003.pt")) == 0
+
+
+@pytest.mark.parametrize("recorded", ["bpe:300", "bpe"])  # by this version, and by earlier ones
+def test_the_hint_continues_a_run_on_shards_when_it_is_followed(recorded, shards, world, tmp_path):
+    """After another --data; the name of a kind of tokenizer is no value of --tokenizer."""
+    assert train_on_shards(shards, tmp_path) == 0
+    path = tmp_path / "optimizer_00002.pt"
+    content = torch.load(path, weights_only=True)
+    content["train_args"]["tokenizer"] = recorded
+    torch.save(content, path)
+    flags = ["--resume", "--max-steps", "3"]
+    with pytest.raises(UserError, match="made on other data") as caught:
+        train_on_shards(shards, tmp_path, *flags, "--data", str(world))
+    added = shlex.split(caught.value.hint.split("to continue it, add ")[1].split(";")[0])
+    assert train_on_shards(shards, tmp_path, *flags, "--data", str(world), *added) == 0
 
 
 @pytest.mark.parametrize(
