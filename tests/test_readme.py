@@ -25,6 +25,8 @@ COMMANDS = [
     for line in block.strip().splitlines()
 ]
 
+MOST_LINES = 180  # of the README
+
 # Not run in its order, and why.
 NOT_HERE = {
     "python -m venv": "the set-up: what runs the tests has done it; the training behind it is run",
@@ -104,6 +106,11 @@ def test_the_batch_can_be_split_over_the_gpus(command):
     args, _ = read_arguments(["--preset", "gpt2", *flags.split()])
     micro_batch = fitting_micro_batch(args, args.micro_batch, nodes * gpus)  # of none that is typed
     assert accumulation_steps(args.total_batch_tokens, micro_batch, args.seq_len, nodes * gpus) >= 1
+
+
+def test_the_readme_stays_short():
+    """What does not fit belongs in a help text, a docstring or another page."""
+    assert len(README.splitlines()) <= MOST_LINES
 
 
 def test_every_room_is_on_the_map():

@@ -266,6 +266,15 @@ def test_a_part_of_a_text_is_evaluated_whole(finished_run, tmp_path, capsys):
         train_gpt.main([*flags, "val", "--data", str(text_file), "--stride", "17"])
 
 
+def test_a_text_to_train_on_is_never_shorter_than_a_window(tmp_path):
+    """Also with --eval-part, which means nothing without --eval-only."""
+    short = tmp_path / "short.txt"
+    short.write_text("the dog")
+    for flags in ((), ("--eval-part", "val")):
+        with pytest.raises(UserError, match="short.txt has 7 tokens, need at least T.1 = 17"):
+            train_gpt.main(small_args(short, tmp_path / "log", *flags))
+
+
 @pytest.mark.slow
 def test_deterministic_runs_are_equal(text_file, tmp_path):
     """--deterministic selects deterministic algorithms, and two runs have the same log."""

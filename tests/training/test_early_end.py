@@ -70,6 +70,20 @@ def test_a_run_without_a_new_best_ends_complete(short_text, tmp_path, with_losse
     assert capsys.readouterr().out.splitlines()[-1].endswith(f" at step 4: not in {tmp_path}")
 
 
+def test_the_report_says_why_the_run_ended_and_its_best_val_loss(short_text, tmp_path, with_losses):
+    """As the console does; also where the best val loss is in the log of another directory."""
+    with_losses()
+    patience, other = ("--patience", "1"), tmp_path / "other"
+    assert train(short_text, tmp_path / "a", *patience, "--keep-checkpoints", "9") == 0
+    assert train(short_text, other, *patience, "--resume", str(tmp_path / "a" / "model_00006.pt")) == 0
+    for log_dir in (tmp_path / "a", other):
+        report = (log_dir / "report.md").read_text()
+        assert "| steps | 8 of 20: ended by --patience 1 |" in report
+        assert "| best val loss | 2.5000 nats per token after step 4 |" in report
+    assert train(short_text, other, "--patience", "2", "--max-steps", "30", "--resume") == 0
+    assert "| steps | 20 of 30: ended by --patience 2 |" in (other / "report.md").read_text()
+
+
 def test_the_patience_survives_a_kill_and_can_be_raised(short_text, tmp_path, with_losses, monkeypatch):
     """Lowest loss and count are part of the state of a run: bitwise the run that was never killed."""
     losses = {**LOSSES, 8: 2.6}

@@ -52,6 +52,7 @@ def test_the_report_of_a_stopped_and_resumed_run(tmp_path):
         file.write('{"kind": "hella", "step": 40, "accuracy": 0.5, "exam')  # an incomplete line
     text = write_report(log_dir).read_text(encoding="utf-8")
     assert "| steps | 40 of 100: the run is not complete |" in text
+    assert "| best val loss | 3.1182 nats per token after step 40 |" in text
     assert "| training tokens | 40,000 |" in text
     assert "| torch | 2.0.1, then 2.1.0 |" in text and "| starts | step 0, step 40 |" in text
     assert "HellaSwag" not in text

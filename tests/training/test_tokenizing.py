@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -238,11 +239,31 @@ def test_the_model_is_read_by_every_program(world, whole, tmp_path, capsys, monk
     loss = re.search(r"val loss (\S+) \| .* bits per byte", printed)[1]
     assert float(loss) == pytest.approx(last["loss"], abs=5.1e-5)  # half of the last digit that is shown
     assert train(world, tmp_path / "tuned", *BPE, "--init-from", model, "--max-steps", "2") == 0
-    with pytest.raises(UserError, match=r"contradicts --tokenizer bpe:301 \(found bpe\)"):
+    with pytest.raises(UserError, match=r"contradicts --tokenizer bpe:301 \(found bpe:300\)"):
         train(world, tmp_path / "other", "--tokenizer", "bpe:301", "--init-from", model)
     monkeypatch.setenv("HELLASWAG_DIR", str(ROOT / "tests" / "fixtures"))
     assert eval_hellaswag.main(["-m", model, "-d", "cpu", "--limit", "3"]) == 0
     assert "acc_norm" in capsys.readouterr().out
+
+
+def test_a_run_records_what_its_model_decides(world, whole, tmp_path, capsys):
+    """Not the preset's sizes and tokenizer, which earlier versions did; it is resumed again and again."""
+    flags = ["--preset", "char", "--device", "cpu", "--seq-len", "16", "--micro-batch", "2"]
+    flags += ["--total-batch-tokens", "32", "--sample-every", "0", "--data", str(world)]
+    flags += ["--log-dir", str(tmp_path), "--max-steps"]
+    assert train_gpt.main([*flags, "2", "--init-from", str(whole)]) == 0
+    expected = dict(tokenizer="bpe:300", n_layer=2, n_head=2, n_embd=16, init_from=str(whole))
+    path = tmp_path / "optimizer_00002.pt"
+    content = torch.load(path, weights_only=True)
+    assert content["train_args"].items() >= expected.items()
+    content["train_args"].update(tokenizer="char", n_head=5, n_embd=160)
+    torch.save(content, path)
+    for steps in (3, 4):
+        capsys.readouterr()
+        assert train_gpt.main([*flags, str(steps), "--resume"]) == 0
+        assert f"settings have changed: max_steps {steps - 1} -> {steps}; " in capsys.readouterr().err
+        saved = torch.load(tmp_path / f"optimizer_0000{steps}.pt", weights_only=True)
+        assert saved["train_args"].items() >= expected.items()
 
 
 def test_hellaswag_during_training_uses_the_own_tokenizer(world, tmp_path, monkeypatch, capsys):
@@ -296,9 +317,24 @@ def test_training_on_shards_uses_their_tokenizer(shards, tmp_path, capsys):
     model = GPT.load(tmp_path / "0" / "model_00002.pt")
     assert model.config.vocab_size == 384 and model.tokenizer_state == read_tokenizer(shards)
     record = json.loads((tmp_path / "0" / "metrics.jsonl").read_text().splitlines()[0])
-    assert record["settings"]["tokenizer"] == "bpe"
+    assert record["settings"]["tokenizer"] == "bpe:300"
     assert train_on_shards(shards, tmp_path / "0", "--resume", "--max-steps", "3") == 0
     assert train_on_shards(shards, tmp_path / "3", "--init-from", str(tmp_path / "0" / "model_00003.pt")) == 0
+
+
+@pytest.mark.parametrize("recorded", ["bpe:300", "bpe"])  # by this version, and by earlier ones
+def test_the_hint_continues_a_run_on_shards_when_it_is_followed(recorded, shards, world, tmp_path):
+    """After another --data; the name of a kind of tokenizer is no value of --tokenizer."""
+    assert train_on_shards(shards, tmp_path) == 0
+    path = tmp_path / "optimizer_00002.pt"
+    content = torch.load(path, weights_only=True)
+    content["train_args"]["tokenizer"] = recorded
+    torch.save(content, path)
+    flags = ["--resume", "--max-steps", "3"]
+    with pytest.raises(UserError, match="made on other data") as caught:
+        train_on_shards(shards, tmp_path, *flags, "--data", str(world))
+    added = shlex.split(caught.value.hint.split("to continue it, add ")[1].split(";")[0])
+    assert train_on_shards(shards, tmp_path, *flags, "--data", str(world), *added) == 0
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,15 @@ PUBLISHED_KINDS = dict(tokenizer="gpt2", init_from=None, optimizer="adamw", sche
 
 
 share = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+# Of `Progress`, at each start: a run that is resumed in another log directory leaves its validations behind.
+BEST: Schema = {"best_loss": number_or_none, "best_step": count, "since_best": count}
 # What the records of metrics.jsonl must hold to be used, by their kind.
 RECORDS: dict[str, Schema] = {
     "run": {
         "settings": plain_dict,
         "parameters": count,
         "step": optional(count),
+        "best": optional(Rule(", ".join(BEST), lambda value: find_problem(value, BEST) is None)),
         "environment": optional(plain_dict),
         "reasons": optional(plain_dict),
         "model": optional(plain_dict),

@@ -10,7 +10,7 @@ from utils.command_line import UserError, format_bytes
 from utils.console import announced
 from utils.distributed import Distributed
 from utils.runtime import memory_bytes
-from utils.tokenizer import Tokenizer, check_vocab_size
+from utils.tokenizer import Tokenizer, check_vocab_size, tokenizer_from_state
 from utils.training.data_source import Data, fetch, open_data
 from utils.training.flags import flag_of
 from utils.training.optimizers import state_bytes
@@ -34,9 +34,11 @@ def load_model(
     """The model of `--init-from`, None where the flags decide; a resumed run does not read it again.
 
     It gets a model with the sizes of its own checkpoint, whose weights follow with the rest of its state.
-    Raises UserError if flags on the command line contradict the model.
+    What the model decides replaces defaults in `args`. Raises UserError if flags on the command line
+    contradict the model.
     """
-    if checkpoint and checkpoint.state["train_args"].get("init_from"):
+    if checkpoint and (init_from := checkpoint.state["train_args"].get("init_from")):
+        args.init_from = init_from  # its own checkpoints must say so too: they may be resumed in turn
         model = factory.new(**checkpoint.model["config"])
         model.tokenizer_state, source = checkpoint.model["tokenizer"], checkpoint.path
     elif args.init_from and not checkpoint:
@@ -45,10 +47,12 @@ def load_model(
             model = factory.load(source)
     else:
         return None
-    found = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
+    found = dict(sizes)
     if args.tokenizer and not fits_request(args.tokenizer, model.tokenizer_state):
-        found["tokenizer"] = model.tokenizer_state["name"]
+        found["tokenizer"] = request_for(model.tokenizer_state)
     check_typed(args, found, source)
+    vars(args).update(sizes)
     return model.to(dist.device)
 
 
@@ -59,9 +63,10 @@ def load_model_and_data(
     model = load_model(factory, args, dist, checkpoint)
     args.seq_len = args.seq_len or model.config.block_size
     tokenizer = model.tokenizer_state if model else requested_tokenizer(args.tokenizer, checkpoint, dist)
-    shortest = 0 if args.eval_part else args.seq_len  # a part may be shorter than a window
+    shortest = 0 if args.eval_only and args.eval_part else args.seq_len  # a part may be shorter than a window
     data = open_data(fetch(args.data, dist), tokenizer, shortest, dist)
-    args.tokenizer = args.tokenizer or data.tokenizer.name
+    if "tokenizer" not in args.typed:
+        args.tokenizer = request_for(data.tokenizer.state())
     sizes = dict(n_layer=args.n_layer, n_head=args.n_head, n_embd=args.n_embd, block_size=args.seq_len)
     sizes.update(vocab_size=data.tokenizer.padded_vocab_size)
     # Too large a model is an error before anything is allocated; a dry run reports it.
@@ -71,6 +76,12 @@ def load_model_and_data(
     check_model_reads(model.config, args.seq_len, data.tokenizer)
     model.config.dropout = args.dropout  # also of loaded weights, whatever they were trained with
     return model, data
+
+
+def request_for(tokenizer_state: dict[str, Any]) -> str:
+    """The value of `--tokenizer` for a tokenizer; its kind where only a file names it."""
+    name = tokenizer_state["name"]
+    return f"bpe:{tokenizer_from_state(tokenizer_state).vocab_size}" if name == "bpe" else name
 
 
 def check_typed(args: Namespace, found: dict[str, Any], source: str) -> None:

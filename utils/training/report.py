@@ -10,32 +10,35 @@ if __name__ == "__main__":
     begin_script()
 
 import re
+from argparse import Namespace
 from typing import Any
 
 from utils.command_line import ArgumentParser, UserError, format_duration, perplexity, run_script
 from utils.files import whole_file
 from utils.hellaswag.results import standard_error
 from utils.training.log_reader import (
+    BEST,
     HELLASWAG_REFERENCES,
     published_val_losses,
     read_log,
     read_metrics,
     tokens_trained,
 )
-from utils.weights.schema import find_problem, is_number, positive
+from utils.training.state import Progress
+from utils.weights.schema import count, find_problem, is_number, optional, positive
 
 
 def write_report(log_dir: Path) -> Path:
     """Writes `report.md` from the logs, and returns its path. Raises UserError if they hold no run."""
     records = read_metrics(log_dir / "metrics.jsonl")
-    needed = {"settings": {"max_steps": positive, "total_batch_tokens": positive}}
-    starts = [r for r in records if r["kind"] == "run" and find_problem(r, needed) is None]
+    counts = {"max_steps": positive, "total_batch_tokens": positive, "patience": optional(count)}
+    starts = [r for r in records if r["kind"] == "run" and find_problem(r, {"settings": counts}) is None]
     curves = read_log(log_dir / "log.txt")
     if not starts or not curves:
         raise UserError(f"{log_dir} holds no run to report on", "give the log directory of train_gpt.py")
     sections = [
         f"# Run of {starts[0]['settings'].get('preset', 'train_gpt.py')} in {log_dir.name}/",
-        table("Result", results(starts[-1], records, curves)),
+        table("Result", results(starts, records, curves)),
         "![losses, learning rate, HellaSwag](curves.png)" if (log_dir / "curves.png").exists() else "",
         samples_section(log_dir / "samples.txt"),
         table("Environment", {**environment(starts), **starts[-1].get("reasons", {})}),
@@ -62,12 +65,18 @@ def table(title: str, rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[str, tuple]) -> dict[str, str]:
-    """What the run reached and took, as rows of a table; `start` is the last "run" record of `records`."""
-    settings, updates = start["settings"], [r for r in records if r["kind"] == "train"]
-    rows = {"parameters": f"{start['parameters']:,}"}
+def results(
+    starts: list[dict[str, Any]], records: list[dict[str, Any]], curves: dict[str, tuple]
+) -> dict[str, str]:
+    """What the run reached and took, as rows of a table; `starts` are the "run" records of `records`."""
+    settings, updates = starts[-1]["settings"], [r for r in records if r["kind"] == "train"]
+    rows = {"parameters": f"{starts[-1]['parameters']:,}"}
     steps = updates[-1]["step"] + 1 if updates else 0
-    rest = "" if steps >= settings["max_steps"] else f" of {settings['max_steps']:,}: the run is not complete"
+    progress, rest = progress_of(starts[0], records, steps), ""
+    if steps < settings["max_steps"]:
+        is_over = progress.ends(Namespace(**{"patience": 0, **settings}))
+        why = f"ended by --patience {settings['patience']}" if is_over else "the run is not complete"
+        rest = f" of {settings['max_steps']:,}: {why}"
     rows["steps"] = f"{steps:,}{rest}"
     rows["training tokens"] = f"{tokens_trained(records, steps):,}"
     if any("seconds" in r for r in updates):
@@ -81,9 +90,23 @@ def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[s
         bits = {r["step"]: r.get("bits_per_byte") for r in records if r["kind"] == "val"}.get(step)
         if is_number(bits):
             rows["val bits per byte"] = f"{bits:.4f}"
+    if progress.best_loss is not None:
+        where = f"after step {progress.best_step:,}"
+        rows["best val loss"] = f"{progress.best_loss:.4f} nats per token {where}"
     if hellaswag := [r for r in records if r["kind"] == "hella"]:
         rows["HellaSwag"] = hellaswag_result(**hellaswag[-1])
     return rows
+
+
+def progress_of(start: dict[str, Any], records: list[dict[str, Any]], steps: int) -> Progress:
+    """How far a run is after so many steps; `start` is its first "run" record."""
+    progress = Progress(**{name: value for name, value in start.get("best", {}).items() if name in BEST})
+    for record in records:
+        if record["kind"] == "val":
+            progress.step = record["step"]
+            progress.note_val_loss(record["loss"])
+    progress.step = steps
+    return progress
 
 
 def speed(updates: list[dict[str, Any]], tokens_per_step: int) -> dict[str, str]:

@@ -19,6 +19,7 @@ from utils.distributed import Distributed, restart_count
 from utils.files import free_bytes, whole_file
 from utils.runtime import device_name
 from utils.text_files import quoted
+from utils.tokenizer_json import MODELS
 from utils.training.data_source import Data
 from utils.training.flags import flag_of, settings_of
 from utils.training.log_directory import archive_run, check_not_moved, cut_logs_back, log_sizes
@@ -337,7 +338,8 @@ def how_to_continue(
         flag: sizes.get(key) for key, flag in names.items() if sizes.get(key) != identity.config.get(key)
     }
     needed |= {key: changed[key][0] for key in REFUSED if key in changed}
-    if checkpoint.state["tokenizer"] != identity.tokenizer:
+    # "bpe" without a size, which earlier versions recorded, is of shards: they need no flag.
+    if checkpoint.state["tokenizer"] != identity.tokenizer and settings.get("tokenizer") not in MODELS:
         needed["tokenizer"] = settings.get("tokenizer")
     if other_data := checkpoint.state["data"] != identity.data:
         needed["data"] = settings.get("data")

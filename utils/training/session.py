@@ -15,6 +15,7 @@ from utils.distributed import Distributed
 from utils.runtime import peak_memory_bytes
 from utils.training.data_source import Data
 from utils.training.dry_run import Plan
+from utils.training.log_reader import BEST
 from utils.training.micro_batch import warm_up
 from utils.training.resume import Identity, save_checkpoint, why_it_ended
 from utils.training.run_log import RunLog
@@ -85,6 +86,7 @@ def log_start(run: Run, log: RunLog, lines: list[str]) -> None:
     identity, state = run.identity, run.state
     record = dict(settings=identity.settings, environment=identity.environment, step=state.progress.step)
     record.update(reasons=run.plan.reasons, parameters=state.model.num_parameters(), model=identity.config)
+    record["best"] = {name: getattr(state.progress, name) for name in BEST}
     log.log_start(record, tensorboard=run.args.tensorboard, wandb=run.args.wandb)
 
 
