@@ -38,7 +38,7 @@ def write_report(log_dir: Path) -> Path:
         raise UserError(f"{log_dir} holds no run to report on", "give the log directory of train_gpt.py")
     sections = [
         f"# Run of {starts[0]['settings'].get('preset', 'train_gpt.py')} in {log_dir.name}/",
-        table("Result", results(starts, records, curves)),
+        table("Result", results(starts[-1], records, curves)),
         "![losses, learning rate, HellaSwag](curves.png)" if (log_dir / "curves.png").exists() else "",
         samples_section(log_dir / "samples.txt"),
         table("Environment", {**environment(starts), **starts[-1].get("reasons", {})}),
@@ -65,14 +65,12 @@ def table(title: str, rows: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def results(
-    starts: list[dict[str, Any]], records: list[dict[str, Any]], curves: dict[str, tuple]
-) -> dict[str, str]:
-    """What the run reached and took, as rows of a table; `starts` are the "run" records of `records`."""
-    settings, updates = starts[-1]["settings"], [r for r in records if r["kind"] == "train"]
-    rows = {"parameters": f"{starts[-1]['parameters']:,}"}
+def results(start: dict[str, Any], records: list[dict[str, Any]], curves: dict[str, tuple]) -> dict[str, str]:
+    """What the run reached and took, as rows of a table; `start` is the last "run" record of `records`."""
+    settings, updates = start["settings"], [r for r in records if r["kind"] == "train"]
+    rows = {"parameters": f"{start['parameters']:,}"}
     steps = updates[-1]["step"] + 1 if updates else 0
-    progress, rest = progress_of(starts[0], records, steps), ""
+    progress, rest = progress_of(records, steps), ""
     if steps < settings["max_steps"]:
         is_over = progress.ends(Namespace(**{"patience": 0, **settings}))
         why = f"ended by --patience {settings['patience']}" if is_over else "the run is not complete"
@@ -98,10 +96,13 @@ def results(
     return rows
 
 
-def progress_of(start: dict[str, Any], records: list[dict[str, Any]], steps: int) -> Progress:
-    """How far a run is after so many steps; `start` is its first "run" record."""
-    progress = Progress(**{name: value for name, value in start.get("best", {}).items() if name in BEST})
+def progress_of(records: list[dict[str, Any]], steps: int) -> Progress:
+    """How far a run is after so many steps."""
+    progress = Progress()
     for record in records:
+        if record["kind"] == "run" and "best" in record:  # maybe with other val tokens, or a log of its own
+            for name in BEST:
+                setattr(progress, name, record["best"][name])
         if record["kind"] == "val":
             progress.step = record["step"]
             progress.note_val_loss(record["loss"])
