@@ -9,17 +9,17 @@ from typing import Any, TypeVar
 from utils.command_line import UserError
 from utils.console import warn
 from utils.hellaswag.results import PUBLISHED_GPT2
-from utils.weights.schema import (
+from utils.schema import (
     Rule,
     Schema,
+    check,
     count,
     duration,
-    find_problem,
     is_int,
     is_number,
     number,
-    number_or_none,
     optional,
+    or_none,
     plain_dict,
     positive,
     text,
@@ -56,15 +56,15 @@ RECORDS: dict[str, Schema] = {
         "step": count,
         "lr": number,
         "muon_lr": optional(number),
-        "norm": optional(number_or_none),
+        "norm": optional(or_none(number)),
         "seconds": optional(duration),
-        "mfu": optional(number_or_none),
-        "memory": optional(number_or_none),
+        "mfu": optional(or_none(number)),
+        "memory": optional(or_none(number)),
     },
     "val": {
         "step": count,
         "loss": number,
-        "bits_per_byte": optional(number_or_none),
+        "bits_per_byte": optional(or_none(number)),
         "tokens": optional(count),
         "seconds": optional(duration),
     },
@@ -100,10 +100,8 @@ def read_metrics(path: Path, *, most_updates: int | None = None) -> list[dict[st
 
     def parse(line: str) -> dict[str, Any]:
         record = json.loads(line)
-        if problem := find_problem(record, {"kind": text}) or find_problem(
-            record, RECORDS.get(record["kind"], {})
-        ):
-            raise ValueError(problem)
+        check(record, {"kind": text})
+        check(record, RECORDS.get(record["kind"], {}))
         return record
 
     return list(_parsed_lines(path, parse, most_updates))

@@ -15,6 +15,7 @@ from typing import Any
 from utils.command_line import ArgumentParser, UserError, format_duration, perplexity, run_script
 from utils.files import whole_file
 from utils.hellaswag.results import standard_error
+from utils.schema import find_problem, is_number, positive
 from utils.training.log_reader import (
     HELLASWAG_REFERENCES,
     published_val_losses,
@@ -22,7 +23,6 @@ from utils.training.log_reader import (
     read_metrics,
     tokens_trained,
 )
-from utils.weights.schema import find_problem, is_number, positive
 
 
 def write_report(log_dir: Path) -> Path:
