@@ -230,7 +230,7 @@ def check_moments(
     first update.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
-    problem = find_problem(saved, {"state": a_dict, "param_groups": [{"params": a_list}]}, key)
+    problem = find_problem(saved, {"state": a_dict, "param_groups": [{"params": [count]}]}, key)
     if problem is None:
         problem = _find_moment_problem(key, saved, parameters, may_be_empty=may_be_empty)
     if problem:
