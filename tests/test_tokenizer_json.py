@@ -17,7 +17,7 @@ from utils.tokenizer import END_OF_TEXT, GPT2Tokenizer, read_merges, token_strin
 from utils.tokenizer_json import (
     GPT2_PRE_TOKENIZER,
     JsonTokenizer,
-    find_problem,
+    find_json_problem,
     identity,
     read_tokenizer,
     tokenizer_name,
@@ -304,7 +304,7 @@ DAMAGED = {
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
 def test_what_is_no_tokenizer_json_is_found(text):
     """In one line, without a traceback."""
-    problem = find_problem(text)
+    problem = find_json_problem(text)
     assert problem and "\n" not in problem and len(problem) <= 200
 
 
@@ -325,7 +325,7 @@ def test_what_is_no_tokenizer_json_is_found(text):
 def test_a_model_that_cannot_be_one_is_found(model, state):
     """Merges of unknown tokens, ids that no model has, no token at all; also in `JsonTokenizer`."""
     content = {**json.loads(state["json"]), "added_tokens": [], "model": {"type": "BPE", **model}}
-    assert find_problem(json.dumps(content))
+    assert find_json_problem(json.dumps(content))
 
 
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path, state):
@@ -350,7 +350,7 @@ def test_a_missing_or_old_library_is_named(monkeypatch, state):
         with pytest.raises(UserError, match="tokenizers is not installed") as caught:
             use()
         assert caught.value.hint == "pip install tokenizers"
-    assert find_problem(state["json"]) is None and find_problem("{") is not None
+    assert find_json_problem(state["json"]) is None and find_json_problem("{") is not None
     monkeypatch.undo()
     monkeypatch.delattr(tokenizers.Tokenizer, "encode_special_tokens", raising=False)
     if not hasattr(tokenizers.Tokenizer, "encode_special_tokens"):

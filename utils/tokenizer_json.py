@@ -106,7 +106,7 @@ def read_tokenizer(path: Path) -> dict[str, Any]:
     """
     path = path / FILE_NAME if os.path.isdir(path) else path
     text, eos_token = read_text(path, flag="--tokenizer"), None
-    if problem := find_problem(text):
+    if problem := find_json_problem(text):
         raise UserError(f"{path} is not a {FILE_NAME}: {problem}", "restore the file, or use another one")
     config = path.with_name(CONFIG_NAME)
     if config.exists():
@@ -132,7 +132,7 @@ def state_of(text: str, eos_token: str | None) -> dict[str, Any]:
     return {"name": type(tokenizer.model).__name__.lower(), "json": text, "end_of_text": end_of_text}
 
 
-def find_problem(text: Any) -> str | None:
+def find_json_problem(text: Any) -> str | None:
     """Why a value is not the text of a tokenizer.json, in one line; None if it is one."""
     try:
         content = json.loads(text)

@@ -44,46 +44,52 @@ def test_a_name_that_leads_elsewhere_is_refused(built, name):
     change(built, lambda content: content["shards"][1].update(name=name))
     before = checksums(built)
     for arguments in (["--input", str(built.parent / "a.jsonl"), "--shard-tokens", "2000"], ["--verify"]):
-        with pytest.raises(UserError, match=r"shards\[1\].name is '.*' \(expected minigpt-shards 1\)"):
+        with pytest.raises(UserError, match=r"key shards\[1\].name is .* \(expected '.*_000001.npy'\)"):
             main([*arguments, "--output-dir", str(built), "--num-workers", "1"])
     assert checksums(built) == before
     assert (built.parent / "precious.txt").read_text() == "precious"
 
 
 EDITS = {
-    "tokens": lambda c: c.update(tokens=c["tokens"] + 1),
-    "complete": lambda c: c.update(complete="yes"),
-    "shards": lambda c: c.update(shards={}),
-    "shards[0]": lambda c: c["shards"].insert(0, "a"),
-    "shards[1]": lambda c: c["shards"][1].pop("documents"),
-    "shards[1].tokens": lambda c: c["shards"][1].update(tokens=2001),
-    "shards[0].tokens": lambda c: c["shards"][0].update(tokens=True),
-    "shards[1].sha256": lambda c: c["shards"][1].update(sha256="../" * 21 + "a"),
-    "shards[1].documents": lambda c: c["shards"][1].update(documents=0),
-    "shards[1].next[0]": lambda c: c["shards"][1].update(next=[1, 0, 0]),
-    "shards[1].next[1]": lambda c: c["shards"][1].update(next=[0, -1, 0]),
-    "shards[1].next[2]": lambda c: c["shards"][1].update(next=[0, 0, 1 << 70]),
-    "shards[1].next": lambda c: c["shards"][1].update(next=[0, 0]),
-    "settings": lambda c: c["settings"].update(more=1),
-    "settings.shard_tokens": lambda c: c["settings"].update(shard_tokens=1.5),
-    "settings.val_tokens": lambda c: c["settings"].update(val_tokens="1"),
-    "settings.source.files[0]": lambda c: c["settings"]["source"]["files"][0].pop(),
-    "settings.source": lambda c: c["settings"].update(
+    "key tokens is ": lambda c: c.update(tokens=c["tokens"] + 1),
+    "key complete is 'yes' (expected True or False)": lambda c: c.update(complete="yes"),
+    "key shards is a dict of 0 (expected a list)": lambda c: c.update(shards={}),
+    "key shards[0] is 'a' (expected a dict)": lambda c: c["shards"].insert(0, "a"),
+    "key shards[1].documents is missing": lambda c: c["shards"][1].pop("documents"),
+    "key shards[1].tokens is 2001 (expected": lambda c: c["shards"][1].update(tokens=2001),
+    "key shards[0].tokens is True": lambda c: c["shards"][0].update(tokens=True),
+    "key shards[1].sha256 is '../": lambda c: c["shards"][1].update(sha256="../" * 21 + "a"),
+    "key shards[1].documents is 0": lambda c: c["shards"][1].update(documents=0),
+    "key shards[1].skipped_rows is missing": lambda c: (
+        c["shards"][0].update(skipped_rows=1) or c["shards"][1].pop("skipped_rows")
+    ),
+    "key shards[1].next[0] is 1": lambda c: c["shards"][1].update(next=[1, 0, 0]),
+    "key shards[1].next[1] is -1": lambda c: c["shards"][1].update(next=[0, -1, 0]),
+    "key shards[1].next[2] is 11805916": lambda c: c["shards"][1].update(next=[0, 0, 1 << 70]),
+    "key shards[1].next is a list of 2": lambda c: c["shards"][1].update(next=[0, 0]),
+    "key settings has the unknown 'more'": lambda c: c["settings"].update(more=1),
+    "key settings has the unknown 'merges_sha256'": lambda c: c["settings"].update(tokenizer_sha256="0" * 64),
+    "key settings.merges_sha256 is missing": lambda c: c["settings"].pop("merges_sha256"),
+    "key settings.shard_tokens is 1.5": lambda c: c["settings"].update(shard_tokens=1.5),
+    "key settings.val_tokens is '1' (expected": lambda c: c["settings"].update(val_tokens="1"),
+    "key settings.source.files[0] is a list of": lambda c: c["settings"]["source"]["files"][0].pop(),
+    "key settings.source.files[0][0] is '../../x.parquet' (expected": lambda c: c["settings"].update(
         source={**HUB, "files": [["../../x.parquet", 7]]}, text_field="text"
     ),
-    "inputs[0].bytes": lambda c: c["inputs"][0].update(bytes=None),
-    "version": lambda c: c.update(version=2),
-    "the content": lambda c: c.update(more=1),
+    "key inputs[0].bytes is None": lambda c: c["inputs"][0].update(bytes=None),
+    "key version is 2 (expected 1)": lambda c: c.update(version=2),
+    "the content has the unknown 'more'": lambda c: c.update(more=1),
 }
 
 
-@pytest.mark.parametrize("place", EDITS)
-def test_what_no_build_writes_is_refused_with_its_place(built, place):
+@pytest.mark.parametrize("message", EDITS)
+def test_what_no_build_writes_is_refused_with_its_place(built, message):
     """Missing and unknown keys, other types, numbers out of range, names on the hub that leave its folder."""
-    change(built, EDITS[place])
+    change(built, EDITS[message])
     with pytest.raises(UserError) as caught:
         Manifest.load(built)
-    assert f"manifest.json: {place} is " in str(caught.value)
+    assert f"manifest.json as minigpt-shards 1: {message}" in str(caught.value)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value) and caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "[" * 200_000, "{", "\xff", '{"format": 1e999}'])

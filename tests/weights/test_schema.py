@@ -240,6 +240,15 @@ def test_a_moment_must_have_the_shape_and_the_memory_of_its_parameter(moment, me
         resume(pair, short_text)
 
 
+@pytest.mark.parametrize("wrong", [1, True, torch.ones(2)], ids=["other", "True", "tensor"])
+def test_an_optimizer_of_other_parameters_is_refused(wrong, pair, short_text):
+    """Their numbers are in order; `True` and what cannot be compared are none."""
+    shutil.copy(FIXTURE / MODEL, pair / MODEL)
+    torch.save(changed(CONTENTS[STATE], ("optimizer", "param_groups", 0, "params", 0), wrong), pair / STATE)
+    with pytest.raises(UserError, match=r"key optimizer.param_groups.* .expected (0 to 27|a whole number)"):
+        resume(pair, short_text)
+
+
 def test_an_optimizer_without_state_is_right_only_before_the_first_update(pair, short_text):
     """Where every update was skipped, as at the start in fp16, there is none; else the moments were lost."""
     empty = changed(CONTENTS[STATE], ("optimizer", "state"), {})

@@ -7,12 +7,26 @@ moment continues where its last finished shard ends, and any shard can be verifi
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from utils.command_line import UserError
 from utils.files import sha256_of, whole_file
+from utils.schema import (
+    Exactly,
+    Rule,
+    a_list,
+    check,
+    count,
+    one_of,
+    optional,
+    or_none,
+    positive,
+    text,
+    variants,
+    whole,
+)
 from utils.shards.documents import Position
 from utils.shards.format import find_all_shards, find_invalid_token, read_header, shard_name, write_errors
 from utils.shards.hub import SAFE_NAME
@@ -22,37 +36,40 @@ FORMAT, VERSION = "minigpt-shards", 1
 CHECK_TOKENS = 1 << 22  # number of tokens that --verify reads at a time
 
 
-class Either(NamedTuple):
-    """Of a schema: one of two."""
-
-    first: Any
-    second: Any
+def _matching(pattern: re.Pattern, expected: str) -> Rule:
+    return Rule(expected, lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None)
 
 
-# What a valid file contains, see `check_schema`.
-COUNT, POSITIVE = range(1 << 63), range(1, 1 << 63)
-SHA256, COMMIT = re.compile("[0-9a-f]{64}"), re.compile("[0-9A-Za-z]{1,64}")
-LOCAL_FILES = {"kind": "files", "files": [(str, COUNT, SHA256)]}
-HUB_FILES = {"kind": "hub", "dataset": str, "subset": str, "revision": COMMIT, "files": [(SAFE_NAME, COUNT)]}
+# What a valid file contains, and nothing else.
+sha256 = _matching(re.compile("[0-9a-f]{64}"), "64 hexadecimal digits")
+commit = _matching(re.compile("[0-9A-Za-z]{1,64}"), "a commit")
+safe_name = _matching(SAFE_NAME, "a path in the data set")
 SETTINGS = {
-    "tokenizer": str,
-    "shard_tokens": POSITIVE,
-    "val_tokens": Either(POSITIVE, None),
-    "text_field": Either(str, None),
-    "bad_rows": Either("stop", "skip"),
-    "source": Either(LOCAL_FILES, HUB_FILES),
+    "tokenizer": text,
+    "shard_tokens": positive,
+    "val_tokens": or_none(positive),
+    "text_field": or_none(text),
+    "bad_rows": optional(one_of("stop", "skip")),  # an earlier version did not have what is optional
+    "source": variants(
+        "kind",
+        files={"files": [(text, count, sha256)]},
+        hub={"dataset": text, "subset": text, "revision": commit, "files": [(safe_name, count)]},
+    ),
 }
-SCHEMA = {
-    "format": FORMAT,
-    "version": VERSION,
-    # Of GPT-2's tokenizer, or of the tokenizer.json in the folder.
-    "settings": Either({**SETTINGS, "merges_sha256": SHA256}, {**SETTINGS, "tokenizer_sha256": SHA256}),
-    "inputs": Either([{"path": str, "bytes": COUNT, "sha256": SHA256}], None),
-    "complete": bool,
-    "tokens": COUNT,
-    "skipped_rows": COUNT,
-    "shards": list,  # of records, which `load` checks one after the other
-}
+SCHEMA = Exactly(
+    format=one_of(FORMAT),
+    version=one_of(VERSION),
+    # The checksum is that of GPT-2's merges, or of the tokenizer.json in the folder.
+    settings=lambda settings: Exactly(
+        {**SETTINGS, "tokenizer_sha256" if "tokenizer_sha256" in settings else "merges_sha256": sha256}
+    ),
+    inputs=optional(or_none(a_list)),  # of INPUTS
+    complete=one_of(True, False),
+    tokens=count,
+    skipped_rows=optional(count),
+    shards=a_list,  # see `Manifest.next_schema`
+)
+INPUTS = [Exactly(path=text, bytes=count, sha256=sha256)]
 
 
 class Manifest:
@@ -84,19 +101,21 @@ class Manifest:
         path = folder / FILE_NAME
         try:
             content = json.loads(path.read_bytes().decode("utf-8"))
-            _add_defaults(content)
-            check_schema(content, SCHEMA, "")
-            manifest = cls(folder, content["settings"], content["inputs"])
+            check(content, SCHEMA)
+            content["settings"].setdefault("bad_rows", "stop")
+            manifest = cls(folder, content["settings"], content.get("inputs"))
+            check(manifest.inputs or [], INPUTS, "inputs")
             for number, record in enumerate(content["shards"]):
-                check_schema(record, manifest.next_schema(), f"shards[{number}]")
+                check(record, manifest.next_schema(), f"shards[{number}]")
+                record.setdefault("skipped_rows", 0)
                 manifest.shards.append(record)
-            check_schema(content["tokens"], manifest.num_tokens, "tokens")
-            manifest.complete, manifest.skipped_rows = content["complete"], content["skipped_rows"]
+            check(content["tokens"], one_of(manifest.num_tokens), "tokens")
+            manifest.complete, manifest.skipped_rows = content["complete"], content.get("skipped_rows", 0)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, RecursionError) as error:
             hint = "use another --output-dir, or move this folder's shards and manifest away"
-            raise UserError(f"cannot read {path}: {error} (expected {FORMAT} {VERSION})", hint) from error
+            raise UserError(f"cannot read {path} as {FORMAT} {VERSION}: {error}", hint) from error
         return manifest
 
     def save(self) -> None:
@@ -111,9 +130,9 @@ class Manifest:
             "skipped_rows": self.skipped_rows,
             "shards": self.shards,
         }
-        text, path = json.dumps(content, indent=1), self.folder / FILE_NAME
-        with write_errors(path, len(text)), whole_file(path, durable=True) as file:
-            file.write(text)
+        path, dumped = self.folder / FILE_NAME, json.dumps(content, indent=1)
+        with write_errors(path, len(dumped)), whole_file(path, durable=True) as file:
+            file.write(dumped)
 
     @property
     def num_tokens(self) -> int:
@@ -133,16 +152,18 @@ class Manifest:
         """File name of the shard after the finished ones."""
         return shard_name("train" if self.shards else "val", len(self.shards))
 
-    def next_schema(self) -> dict[str, Any]:
+    def next_schema(self) -> Exactly:
         """What the record of the next shard must be: its name leads to no other folder."""
-        return {
-            "name": self.next_name(),
-            "tokens": range(1, self.settings["shard_tokens"] + 1),
-            "sha256": SHA256,
-            "documents": range(self.shards[-1]["documents"] if self.shards else 0, COUNT.stop),
-            "skipped_rows": range(self.shards[-1]["skipped_rows"] if self.shards else 0, COUNT.stop),
-            "next": (range(len(self.settings["source"]["files"])), COUNT, COUNT),
-        }
+        before = self.shards[-1] if self.shards else {"documents": 0, "skipped_rows": 0}
+        skipped_rows = whole(before["skipped_rows"])
+        return Exactly(
+            name=one_of(self.next_name()),
+            tokens=whole(1, self.settings["shard_tokens"]),
+            sha256=sha256,
+            documents=whole(before["documents"]),
+            skipped_rows=skipped_rows if before["skipped_rows"] else optional(skipped_rows),
+            next=(whole(0, len(self.settings["source"]["files"]) - 1), count, count),
+        )
 
     def start_of(self, index: int) -> tuple[Position, int, int]:
         """Where shard number `index` starts; how many documents start, and rows are left out, before it."""
@@ -188,7 +209,7 @@ class Manifest:
         same = num_tokens == record["tokens"]
         return None if same else f"{num_tokens:,} tokens (expected {record['tokens']:,})"
 
-    def find_problem(self, record: dict[str, Any], vocab_size: int) -> str | None:
+    def find_damage(self, record: dict[str, Any], vocab_size: int) -> str | None:
         """Reads a recorded shard again and says how it differs from what was written, or returns None."""
         if problem := self._problem_of_size(record):
             return problem
@@ -202,56 +223,6 @@ class Manifest:
             if problem := find_invalid_token(tokens, vocab_size, start):
                 return problem
         return None
-
-
-def _add_defaults(content: Any) -> None:
-    """Adds what earlier versions did not write."""
-    if isinstance(content, dict):
-        content.setdefault("inputs", None)
-        content.setdefault("skipped_rows", 0)
-        if isinstance(content.get("settings"), dict):
-            content["settings"].setdefault("bad_rows", "stop")
-        records = content.get("shards")
-        for record in records if isinstance(records, list) else []:
-            if isinstance(record, dict):
-                record.setdefault("skipped_rows", 0)
-
-
-def check_schema(value: Any, schema: Any, place: str) -> None:
-    """Raises ValueError, with the place, unless a value of JSON is what the schema says.
-
-    A schema is a type, a range of integers, a pattern of strings, a constant, `Either`, a dict with exactly
-    these keys, a list of any number of equal entries, or a tuple, which is a list of that length.
-    """
-    if isinstance(schema, Either):
-        try:
-            return check_schema(value, schema.first, place)
-        except ValueError as error:
-            try:
-                return check_schema(value, schema.second, place)
-            except ValueError:
-                raise error from None
-    if isinstance(schema, dict):
-        valid = isinstance(value, dict) and value.keys() == schema.keys()
-        inner = [(value[key], schema[key], f"{place}.{key}".strip(".")) for key in schema] if valid else []
-    elif isinstance(schema, (list, tuple)):
-        valid = isinstance(value, list) and (isinstance(schema, list) or len(value) == len(schema))
-        schemas = (schema * len(value) if isinstance(schema, list) else schema) if valid else []
-        inner = [(*pair, f"{place}[{i}]") for i, pair in enumerate(zip(value, schemas))] if valid else []
-    else:
-        inner = []
-        if isinstance(schema, type):
-            valid = type(value) is schema
-        elif isinstance(schema, range):
-            valid = type(value) is int and value in schema
-        elif isinstance(schema, re.Pattern):
-            valid = isinstance(value, str) and schema.fullmatch(value) is not None
-        else:
-            valid = type(value) is type(schema) and value == schema
-    if not valid:
-        raise ValueError(f"{place or 'the content'} is {str(value)[:100]!r}")
-    for arguments in inner:
-        check_schema(*arguments)
 
 
 def _differences(name: str, old: Any, new: Any) -> str:

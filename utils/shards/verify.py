@@ -54,7 +54,7 @@ def verify(folder: Path, *, inputs: bool = False) -> int:
     damaged, vocab_size = [], tokenizer_from_state(tokenizer_of(folder)).vocab_size
     for record in manifest.shards:
         with announced(f"reading {record['name']}"):
-            problem = manifest.find_problem(record, vocab_size)
+            problem = manifest.find_damage(record, vocab_size)
         print(f"{record['name']}: {problem or 'ok'}", flush=True)
         if problem:
             damaged.append(record["name"])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.schema import is_int, is_number
 from utils.training.drawing import (
     after_steep_part,
     decimated,
@@ -21,7 +22,6 @@ from utils.training.drawing import (
     typical,
 )
 from utils.training.log_reader import published_val_losses, read_log, read_metrics, tokens_trained
-from utils.weights.schema import is_int, is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

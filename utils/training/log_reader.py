@@ -9,17 +9,18 @@ from typing import Any, TypeVar
 from utils.command_line import UserError
 from utils.console import warn
 from utils.hellaswag.results import PUBLISHED_GPT2
-from utils.weights.schema import (
+from utils.schema import (
     Rule,
     Schema,
+    check,
     count,
     duration,
     find_problem,
     is_int,
     is_number,
     number,
-    number_or_none,
     optional,
+    or_none,
     plain_dict,
     positive,
     text,
@@ -43,7 +44,7 @@ PUBLISHED_KINDS = dict(tokenizer="gpt2", init_from=None, optimizer="adamw", sche
 
 share = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
 # Of `Progress`, at each start: a run that is resumed in another log directory leaves its validations behind.
-BEST: Schema = {"best_loss": number_or_none, "best_step": count, "since_best": count}
+BEST: Schema = {"best_loss": or_none(number), "best_step": count, "since_best": count}
 # What the records of metrics.jsonl must hold to be used, by their kind.
 RECORDS: dict[str, Schema] = {
     "run": {
@@ -59,15 +60,15 @@ RECORDS: dict[str, Schema] = {
         "step": count,
         "lr": number,
         "muon_lr": optional(number),
-        "norm": optional(number_or_none),
+        "norm": optional(or_none(number)),
         "seconds": optional(duration),
-        "mfu": optional(number_or_none),
-        "memory": optional(number_or_none),
+        "mfu": optional(or_none(number)),
+        "memory": optional(or_none(number)),
     },
     "val": {
         "step": count,
         "loss": number,
-        "bits_per_byte": optional(number_or_none),
+        "bits_per_byte": optional(or_none(number)),
         "tokens": optional(count),
         "seconds": optional(duration),
     },
@@ -103,10 +104,8 @@ def read_metrics(path: Path, *, most_updates: int | None = None) -> list[dict[st
 
     def parse(line: str) -> dict[str, Any]:
         record = json.loads(line)
-        if problem := find_problem(record, {"kind": text}) or find_problem(
-            record, RECORDS.get(record["kind"], {})
-        ):
-            raise ValueError(problem)
+        check(record, {"kind": text})
+        check(record, RECORDS.get(record["kind"], {}))
         return record
 
     return list(_parsed_lines(path, parse, most_updates))

@@ -16,6 +16,7 @@ from typing import Any
 from utils.command_line import ArgumentParser, UserError, format_duration, perplexity, run_script
 from utils.files import whole_file
 from utils.hellaswag.results import standard_error
+from utils.schema import count, find_problem, is_number, optional, positive
 from utils.training.log_reader import (
     BEST,
     HELLASWAG_REFERENCES,
@@ -25,7 +26,6 @@ from utils.training.log_reader import (
     tokens_trained,
 )
 from utils.training.state import Progress
-from utils.weights.schema import count, find_problem, is_number, optional, positive
 
 
 def write_report(log_dir: Path) -> Path:

@@ -25,6 +25,7 @@ from utils.command_line import UserError, shown
 from utils.console import warn
 from utils.files import destination, sync_folder, whole_file
 from utils.runtime import check_torch_version
+from utils.schema import is_int
 from utils.suggestions import similar_file
 from utils.text_files import quoted
 from utils.weights.file_kinds import WHAT_TO_GIVE, is_zip, refuse
@@ -39,7 +40,6 @@ from utils.weights.schema import (
     check_sizes,
     check_weights,
     checked,
-    is_int,
 )
 
 

@@ -15,6 +15,7 @@ import torch
 from utils.command_line import UserError
 from utils.console import warn
 from utils.distributed import environment_rank
+from utils.schema import find_problem, is_int, is_number
 from utils.text_files import free_name
 from utils.tokenizer import GPT2_VOCAB_SIZE
 from utils.weights.file_kinds import literal, python_command
@@ -24,9 +25,6 @@ from utils.weights.schema import (
     WEIGHTS,
     check_sizes,
     checked,
-    find_problem,
-    is_int,
-    is_number,
 )
 
 MAX_PADDING = 1024  # ids; a vocabulary that is at most this much larger than GPT-2's is GPT-2's, padded

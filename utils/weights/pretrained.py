@@ -12,9 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from utils.command_line import UserError, shown
+from utils.schema import is_int
 from utils.tokenizer_json import FILE_NAME, read_tokenizer, state_of
 from utils.weights.file_kinds import WHAT_TO_GIVE
-from utils.weights.schema import LARGEST_SIZES, check_sizes, is_int
+from utils.weights.schema import LARGEST_SIZES, check_sizes
 
 # OpenAI's code multiplies by (in, out) matrices, nn.Linear stores (out, in): these four are transposed.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
