@@ -88,7 +88,7 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     val_help = "val: the first documents up to this many tokens; default: a shard, or 1 %% of a small corpus"
     add("--val-tokens", type=positive_int, help=val_help)
     kinds, help = ("gpt2",), "gpt2, bpe:N (trained on the corpus, N tokens), or the path of a tokenizer.json"
-    add("--tokenizer", type=partial(tokenizer_name, kinds=kinds), default="gpt2", help=help)
+    add("--tokenizer", type=partial(tokenizer_name, kinds=kinds, must_exist=True), default="gpt2", help=help)
     add("--verify", action="store_true", help="compare every shard with the manifest, and exit")
     add("--inputs", action="store_true", help="with --verify: compare the input files with it, too")
     args = parser.parse_args(arguments)

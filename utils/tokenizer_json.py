@@ -46,8 +46,11 @@ NOT_USED = dict.fromkeys(("truncation", "padding", "post_processor"))
 GPT2_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
-def tokenizer_name(text: str, kinds: tuple[str, ...] = ("gpt2", "char")) -> str:
-    """The value of `--tokenizer`: one of `kinds`, "bpe:N", or the path of a tokenizer.json or its folder."""
+def tokenizer_name(text: str, kinds: tuple[str, ...] = ("gpt2", "char"), *, must_exist: bool = False) -> str:
+    """The value of `--tokenizer`: one of `kinds`, "bpe:N", or the path of a tokenizer.json or its folder.
+
+    Unless it `must_exist`, a file may be gone: a resumed run does not need it, another one says so later.
+    """
     if text in kinds:
         return text
     if text.startswith("bpe:"):
@@ -59,8 +62,8 @@ def tokenizer_name(text: str, kinds: tuple[str, ...] = ("gpt2", "char")) -> str:
             raise argparse.ArgumentTypeError(f"{text} has {int(size):,} tokens (expected {expected})")
         return f"bpe:{int(size)}"
     path = Path(path_text(text))
-    if not os.path.exists(path) and (os.sep in text or path.suffix == ".json"):
-        return str(path)  # a resumed run does not need it; any other one says so when it reads it
+    if not must_exist and not os.path.exists(path) and (os.sep in text or path.suffix == ".json"):
+        return str(path)
     if not os.path.exists(path / FILE_NAME if os.path.isdir(path) else path):
         expected = f"{', '.join(kinds)}, bpe:N, or the path of a {FILE_NAME}"
         close = similar(text, kinds) or similar_file(path)

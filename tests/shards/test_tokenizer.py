@@ -226,16 +226,10 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(corpus, tmp_path, capsys)
     assert tokenizer_from_state(tokenizer_of(tmp_path / "out")).end_of_text == 8
 
 
-@pytest.mark.parametrize(
-    ("name", "error"),
-    [
-        *((name, "argument --tokenizer: ") for name in ("char", "bpe:1", "bpe:many", "nothing")),
-        ("nothing.json", "cannot read nothing.json: No such file"),
-    ],
-)
-def test_a_name_that_is_no_tokenizer_is_an_error_of_two_lines(name, error, corpus, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["char", "bpe:1", "bpe:many", "nothing.json"])
+def test_a_name_that_is_no_tokenizer_is_an_error_of_two_lines(name, corpus, tmp_path, capsys):
     """Exit code 2; characters are not for shards."""
     assert run_script(lambda: build(tmp_path / "out", corpus, tokenizer=name)) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"error: {error}") and lines[1].startswith("hint: ")
+    assert lines[0].startswith("error: argument --tokenizer: ") and lines[1].startswith("hint: ")
     assert len(lines) == 2 and not (tmp_path / "out").exists()
