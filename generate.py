@@ -94,7 +94,9 @@ def read_prompt(argument: str | None) -> str:
     name = "standard input" if argument in (None, "-") else "-p"
     try:
         # Bytes that are not UTF-8 arrive as surrogates.
-        text = sys.stdin.read() if name == "standard input" else argument
+        text = argument
+        if name == "standard input":
+            text = sys.stdin.read() if sys.stdin else ""  # None: it is closed
         text.encode("utf-8")
     except UnicodeError as error:
         hint = "give it in UTF-8, or in a file: -p FILE:PATH"
@@ -193,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     check_vocab_size(tokenizer, model.config.vocab_size)
     sampling = (args.max_new_tokens, args.seed, args.temperature, args.top_k, args.top_p)
     try:
-        if args.prompt is None and sys.stdin.isatty():
+        if args.prompt is None and sys.stdin and sys.stdin.isatty():
             with no_second_interrupt():
                 interact(model, tokenizer, *sampling)
             return 0

@@ -111,7 +111,14 @@ def test_an_error_in_the_rank_itself_is_two_lines(capsys):
     assert capsys.readouterr().err == "error: LOCAL_RANK=x\nhint: unset it\n"
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[x] DefaultCPUAllocator: can't allocate"),
+        RuntimeError("Storage size calculation overflowed with sizes=[1000000000000000, 2048]"),
+    ],
+)
 def test_a_lack_of_memory_is_two_lines(error, capsys):
     """Of Python and of PyTorch: smaller numbers help, a traceback does not."""
 

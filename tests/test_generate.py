@@ -37,15 +37,21 @@ def printed(capsys, *arguments) -> str:
 
 
 def test_a_prompt_is_read_from_flag_file_or_standard_input(checkpoint, tmp_path, monkeypatch, capsys):
-    """The same text for a prompt on the command line, in a file, on standard input, with and without -p."""
+    """The same text for a prompt on the command line, in a file, on standard input, with and without -p.
+
+    A closed standard input is an empty one.
+    """
     flags = ("-m", checkpoint, "--max-new-tokens", 9)
     expected = printed(capsys, *flags, "-p", "to be")
     assert expected.startswith("to be") and len(expected) == len("to be") + 9 + 1
     (tmp_path / "prompt.txt").write_text("to be")
     assert printed(capsys, *flags, "-p", f"FILE:{tmp_path / 'prompt.txt'}") == expected
+    nothing = printed(capsys, *flags, "-p", "")
     for prompt in (["-p", "-"], []):
         monkeypatch.setattr(sys, "stdin", io.StringIO("to be"))
         assert printed(capsys, *flags, *prompt) == expected
+        monkeypatch.setattr(sys, "stdin", None)  # closed
+        assert printed(capsys, *flags, *prompt) == nothing
 
 
 def test_odd_prompts_are_answered(checkpoint, tmp_path, monkeypatch, capsys):
@@ -220,7 +226,7 @@ def test_complete_needs_the_models_tokenizer():
 
 
 IMPOSSIBLE = [
-    *(dict(max_new_tokens=value) for value in (0, -5, 2.5)),
+    *(dict(max_new_tokens=value) for value in (0, -5, 2.5, 10**26)),
     *(dict(temperature=value) for value in (-0.1, float("nan"), float("inf"))),
     *(dict(top_k=value) for value in (0, -1)),
     *(dict(top_p=value) for value in (0.0, -0.5, 1.01, float("nan"))),
@@ -281,8 +287,8 @@ def test_the_arguments_of_sampling_have_names(function):
 @pytest.mark.parametrize(
     "flags",
     ["--temperature -1", f"--seed {2**64}", f"--seed -{2**63 + 1}", "--temperature nan", "--top-k 0",
-     "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0", "--max-new-tokens -5", "-p FILE:none.txt",
-     "-d cpu --dtype float16"],
+     "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0", f"-n {10**26}", f"-n {10**15}",
+     "--max-new-tokens -5", "-p FILE:none.txt", "-d cpu --dtype float16"],
 )  # fmt: skip
 def test_invalid_settings_are_refused(flags, checkpoint, capsys):
     """Exit code 2 and two lines; the hint names this script's flags."""

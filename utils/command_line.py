@@ -35,8 +35,12 @@ from utils.suggestions import flags_meant_by, similar
 # Of flags and files: larger numbers overflow somewhere, and mean nothing in a training run.
 LARGEST_INT = 10**15
 LARGEST_NUMBER = 1e30
-# In errors of PyTorch that are not OutOfMemoryErrors: of the CPU, of the CUDA driver, of cuBLAS.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# In errors of PyTorch that are not OutOfMemoryErrors: of the CPU, of sizes above 2**63 bytes, of the CUDA
+# driver, of cuBLAS.
+OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "Storage size calculation overflowed"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
 RANK_0_SECONDS = 1.0  # to print an error of all ranks: torchrun ends it as soon as another rank has ended
 
 
