@@ -17,6 +17,7 @@ from utils.command_line import UserError, run_script
 from utils.cpu_matmul import FastLinear
 from utils.runtime import Decision
 from utils.tokenizer import tokenizer_from_state
+from utils.tokenizer_json import JsonTokenizer, state_of
 from utils.weights.checkpoint import model_content, save_pair
 
 CHARACTERS = {"name": "char", "characters": "\n abcdefghijklmnopqrstuvwxyz"}
@@ -183,6 +184,34 @@ def test_an_incomplete_character_is_held_back(monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0]))
     generate.interact(model, tokenizer, max_new_tokens=9, seed=42)
     assert pieces == ["a", "\U0001f600", "b", "", "a", "\ufffd"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "prompt"),
+    [
+        ("Metaspace", ["\u2581What", "\u2581is", "\u2581ber", "lin"], "What is"),
+        ("WordPiece", ["What", "is", "ber", "##lin"], "What is"),
+        ("Metaspace", ["\u2581What", "\u2581is", "\u2581ber", "lin"], ""),
+    ],
+)
+def test_the_space_after_the_prompt_is_kept(kind, words, prompt, monkeypatch):
+    """Of decoders that omit the one before the first token of a text; streamed as in the whole text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(words, range(4))), words[-1]))
+    library.decoder = getattr(tokenizers.decoders, kind)()
+    splitters = tokenizers.pre_tokenizers
+    library.pre_tokenizer = splitters.Metaspace() if kind == "Metaspace" else splitters.Whitespace()
+    tokenizer, model = JsonTokenizer(state_of(library.to_str(), None)), tiny_model()
+    new = torch.tensor([[2, 3, 2]])
+    monkeypatch.setattr(model, "generate", lambda idx, *a, **k: torch.cat([idx, new], dim=1))
+    text = generate.sample_texts(model, tokenizer, prompt, 1, 3, 42)[0]
+    assert text == f"{prompt} berlin ber".strip()
+    monkeypatch.setattr(model, "stream", lambda *a, **k: iter(new[0]))
+    prompts, pieces = iter([prompt, ""]), []
+    monkeypatch.setattr("builtins.input", lambda question: next(prompts))
+    monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0]))
+    generate.interact(model, tokenizer, max_new_tokens=3, seed=42)
+    assert "".join(pieces) == (text[len(prompt) :] if prompt else "")
 
 
 # ------------------------------------------------------------------------------------------------------------
