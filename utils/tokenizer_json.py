@@ -59,11 +59,13 @@ def tokenizer_name(text: str, kinds: tuple[str, ...] = ("gpt2", "char")) -> str:
             raise argparse.ArgumentTypeError(f"{text} has {int(size):,} tokens (expected {expected})")
         return f"bpe:{int(size)}"
     path = Path(path_text(text))
-    if not os.path.exists(path / FILE_NAME if os.path.isdir(path) else path):
+    is_folder = os.path.isdir(path)
+    file = path / FILE_NAME if is_folder else path
+    if not os.path.exists(file):
         expected = f"{', '.join(kinds)}, bpe:N, or the path of a {FILE_NAME}"
-        close = similar(text, kinds) or similar_file(path)
+        close = None if is_folder else similar(text, kinds) or similar_file(path)
         meant = f"; did you mean {close}?" if close else ""
-        raise argparse.ArgumentTypeError(f"no file {path} (expected {expected}){meant}")
+        raise argparse.ArgumentTypeError(f"no file {file} (expected {expected}){meant}")
     return str(path)
 
 

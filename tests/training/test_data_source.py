@@ -70,6 +70,20 @@ def test_the_order_in_which_data_is_looked_for(tmp_path, monkeypatch):
     assert choose_source(str(tmp_path)).kind == "shards"
 
 
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "0.ds", "edufineweb_val_000000.npy"])
+def test_a_token_file_is_answered_with_its_folder(name, tmp_path, monkeypatch):
+    """Which holds the other split, too; in any folder."""
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / name).write_bytes(bytes(range(100)))
+    with pytest.raises(UserError, match=f"{name} is a file of tokens") as caught:
+        fetch(str(tmp_path / "my data" / name), ALONE)
+    assert caught.value.hint == f"give its folder: --data '{tmp_path}/my data'"
+    monkeypatch.chdir(tmp_path / "my data")
+    with pytest.raises(UserError) as caught:
+        fetch(name, ALONE)
+    assert caught.value.hint == "give its folder: --data ."
+
+
 def test_shards_cannot_be_read_as_characters(tmp_path):
     """They hold GPT-2 tokens; the hint depends on whether a model was loaded."""
     source = choose_source(str(tmp_path))

@@ -28,7 +28,7 @@ from utils.shards.documents import (
 from utils.shards.format import find_shards
 from utils.shards.local_files import LocalFiles, describe_left_out, find_files
 from utils.shards.stream import ShardStream
-from utils.shards.token_files import holds_tokens, refuse_characters
+from utils.shards.token_files import holds_tokens, is_token_file, refuse_characters
 from utils.suggestions import similar_file
 from utils.text_files import decode_text, free_name, quoted, read_text
 from utils.tokenizer import (
@@ -96,6 +96,9 @@ def fetch(requested: str | None, dist: Distributed) -> Source:
     dist.barrier()  # for every kind of source: another machine may have chosen another one
     if requested and not os.path.exists(source.path) and (close := similar_file(source.path)):
         raise UserError(f"cannot read {requested}: no such file", f"did you mean --data {quoted(close)}?")
+    if is_token_file(source.path):
+        hint = f"give its folder: --data {quoted(source.path.parent)}"
+        raise UserError(f"{source.path} is a file of tokens, which are read from their folder", hint)
     if source.kind != "download":
         return source
     # Every rank looks at the disk of its own machine; open_data compares what they found.
