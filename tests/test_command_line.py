@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from utils.command_line import (
     Diverged,
     Unfinished,
     UserError,
+    command_name,
     environment_int,
     format_bytes,
     format_count,
@@ -213,6 +215,20 @@ def test_bytes_and_perplexities_as_text():
     assert (
         perplexity(0.0) == "1.00" and perplexity(10.8) == "49,020.80" and perplexity(1e6) == perplexity(700)
     )
+
+
+@pytest.mark.parametrize("folder", [".", str(ROOT), "/tmp/none"])
+def test_a_printed_command_is_true_in_any_folder(folder, monkeypatch):
+    """For the script that was started by its path, and for those beside it; others keep their names."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"{folder}/train_gpt.py"])
+    assert command_name("generate.py") == "generate.py"  # started by python -m, as pytest may be
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert command_name("train_gpt.py") == f"{folder}/train_gpt.py"
+    expected = Path(folder, "generate.py") if folder != "/tmp/none" else "generate.py"
+    assert command_name("generate.py") == str(expected)
+    monkeypatch.setattr(sys, "argv", [""])  # Python's prompt
+    assert command_name("generate.py") == "generate.py"
 
 
 @pytest.mark.slow

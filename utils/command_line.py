@@ -237,10 +237,16 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def command_name(prog: str) -> str:
-    """`prog`, or the path by which its file was started: a printed command is then true in any folder."""
-    was_started_by_path = getattr(sys.modules["__main__"], "__spec__", None) is None
-    is_this = Path(sys.argv[0]).stem == prog.removesuffix(".py").rpartition(".")[2]
-    return shlex.quote(sys.argv[0]) if was_started_by_path and is_this else prog
+    """`prog`, or the path of its file, where that was started by its path, or is beside the one that was.
+
+    A printed command is then true in any folder.
+    """
+    if getattr(sys.modules["__main__"], "__spec__", None) is not None:  # python -m
+        return prog
+    if Path(sys.argv[0]).stem == prog.removesuffix(".py").rpartition(".")[2]:
+        return shlex.quote(sys.argv[0])
+    beside = Path(sys.argv[0]).parent / prog
+    return shlex.quote(str(beside)) if beside.exists() else prog
 
 
 def path_text(text: str) -> str:
