@@ -92,6 +92,8 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     add("--verify", action="store_true", help="compare every shard with the manifest, and exit")
     add("--inputs", action="store_true", help="with --verify: compare the input files with it, too")
     args = parser.parse_args(arguments)
+    if args.verify:
+        parser.warn_of_unused(arguments, {"verify", "inputs", "output_dir"}, "with --verify")
     if args.inputs and not args.verify:
         raise UserError("--inputs is part of --verify", "add --verify, or name files with --input")
     if args.val_tokens and args.val_tokens > args.shard_tokens:

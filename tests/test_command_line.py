@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import build_fineweb_edu_shards
+import eval_hellaswag
 from tests.conftest import ROOT, run
 from utils.command_line import (
     ArgumentParser,
@@ -188,6 +190,25 @@ def test_given_flags_are_told_from_defaults():
         with pytest.raises(UserError) as caught:
             parser.parse_args(arguments)
         assert caught.value.hint.endswith("python x.py --help lists the flags and their defaults")
+
+
+def test_flags_that_do_nothing_in_a_mode_are_named(capsys):
+    """Those on the command line only, also with their default as the value; the ones of the mode are used."""
+    arguments = "--verify --input none.txt --tokenizer=gpt2 --output_dir x --num-workers 1".split()
+    build_fineweb_edu_shards.parse_arguments(arguments)
+    unused = "--input (with --verify), --num-workers (with --verify), --tokenizer (with --verify)"
+    assert sorted(read_unused(capsys)) == unused.split(", ")
+    build_fineweb_edu_shards.parse_arguments(["--verify", "--inputs", "--output-dir", "x"])
+    assert read_unused(capsys) == []
+    with pytest.raises(UserError, match="a.jsonl"):  # it is missing
+        eval_hellaswag.main(["--compare", "a.jsonl", "b.jsonl", "--limit", "3", "-m", "nonsense"])
+    assert sorted(read_unused(capsys)) == ["--limit (with --compare)", "--model-name (with --compare)"]
+
+
+def read_unused(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The flags that a warning on stderr names."""
+    lines = capsys.readouterr().err.splitlines()
+    return [text for line in lines for text in line.removeprefix("warning: not used: ").split(", ")]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +27,7 @@ from utils.console import (
     launched_by_torchrun,
     printable,
     second_interrupt_exits,
+    warn,
     watched_signals,
 )
 from utils.help_text import HelpFormatter
@@ -213,6 +214,12 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed = self.parse_known_args(args, empty)[0] if unknown_too else self.parse_args(args, empty)
         return defaults, {name: value for name, value in vars(parsed).items() if value is not None}
 
+    def warn_of_unused(self, args: Sequence[str] | None, used: Collection[str], reason: str) -> None:
+        """Warns of flags on the command line that are not `used`, for a `reason` such as "with --verify"."""
+        given = self.parse_defaults_and_given(args)[1]
+        if unused := [f"{flag_of(name)} ({reason})" for name in given if name not in used]:
+            warn(f"not used: {', '.join(unused)}")
+
     def error(self, message: str) -> NoReturn:
         meant = None
         if found := re.search(r"argument (\S+): ignored explicit argument '(.*)'", message):
@@ -234,6 +241,11 @@ class ArgumentParser(argparse.ArgumentParser):
     def _refuse(self, message: str, meant: str | None) -> NoReturn:
         lists = f"python {self.prog} --help lists the flags and their defaults"
         raise UserError(message, f"did you mean {meant}? {lists}" if meant else lists)
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
 
 
 def command_name(prog: str) -> str:

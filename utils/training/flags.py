@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from utils.command_line import ArgumentParser, UserError, command_name, positive_int
+from utils.command_line import ArgumentParser, UserError, command_name, flag_of, positive_int
 from utils.console import warn
 from utils.distributed import Distributed
 from utils.files import sha256_of_code
@@ -171,11 +171,6 @@ def warn_of_unused(args: Namespace) -> None:
     found = [f"{flag_of(name)} ({unused[name]})" for name in args.typed if name in unused]
     if found:
         warn(f"not used: {', '.join(found)}")
-
-
-def flag_of(name: str) -> str:
-    """The flag of a setting."""
-    return f"--{name.replace('_', '-')}"
 
 
 def check_ranks_agree(args: Namespace, dist: Distributed) -> None:
