@@ -66,6 +66,7 @@ SUBSET = "sample-10BT"
 SAMPLE_DOCUMENTS, SAMPLE_CHARACTERS = 100, 100_000  # compared between the two backends before each build
 TOKENS_PER_SECOND = 4_000_000  # of one process, for the estimate of the time
 LIBRARY_TOKENS_PER_SECOND = 400_000  # the same for a tokenizer that only the tokenizers library can run
+MOST_WORKERS_PER_CORE = 8  # more only cost memory
 KEPT = "finished shards are kept; run the same command again to continue"
 
 
@@ -92,8 +93,13 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     add("--verify", action="store_true", help="compare every shard with the manifest, and exit")
     add("--inputs", action="store_true", help="with --verify: compare the input files with it, too")
     args = parser.parse_args(arguments)
+    if args.verify:
+        parser.warn_of_unused(arguments, {"verify", "inputs", "output_dir"}, "with --verify")
     if args.inputs and not args.verify:
         raise UserError("--inputs is part of --verify", "add --verify, or name files with --input")
+    if args.num_workers > (most := MOST_WORKERS_PER_CORE * num_cores()):
+        what = f"--num-workers {args.num_workers} is above {most}, {MOST_WORKERS_PER_CORE} for each core"
+        raise UserError(what, f"the default is one for each core: {num_cores()}")
     if args.val_tokens and args.val_tokens > args.shard_tokens:
         what = f"--val-tokens {args.val_tokens} is more than a shard (--shard-tokens {args.shard_tokens})"
         raise UserError(what, "val is one shard: lower --val-tokens or raise --shard-tokens")

@@ -380,8 +380,10 @@ def make_parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     if args.compare:
+        parser.warn_of_unused(argv, {"compare"}, "with --compare")
         print(compare(*args.compare))
         return 0
     if args.split == "test" and args.output is None:

@@ -80,7 +80,14 @@ def sample_texts(
     sampling = (temperature, top_k, top_p, generator, tokenizer.vocab_size)
     with eval_mode(model):
         continuations = model.generate(idx, max_new_tokens, *sampling)[:, idx.size(1) :].tolist()
-    return [prompt + tokenizer.decode(takewhile(lambda i: i != end_of_text, ids)) for ids in continuations]
+    before = idx[0].tolist() if prompt else []
+    texts = (takewhile(lambda token: token != end_of_text, ids) for ids in continuations)
+    return [prompt + decode_after(before, ids, tokenizer) for ids in texts]
+
+
+def decode_after(before: list[int], ids: Iterable[int], tokenizer: Tokenizer) -> str:
+    """Text of tokens that follow others: some decoders omit the space before the first token of a text."""
+    return tokenizer.decode([*before, *ids])[len(tokenizer.decode(before)) :]
 
 
 def read_prompt(argument: str | None) -> str:
@@ -94,7 +101,9 @@ def read_prompt(argument: str | None) -> str:
     name = "standard input" if argument in (None, "-") else "-p"
     try:
         # Bytes that are not UTF-8 arrive as surrogates.
-        text = sys.stdin.read() if name == "standard input" else argument
+        text = argument
+        if name == "standard input":
+            text = sys.stdin.read() if sys.stdin else ""  # None: it is closed
         text.encode("utf-8")
     except UnicodeError as error:
         hint = "give it in UTF-8, or in a file: -p FILE:PATH"
@@ -119,7 +128,8 @@ def interact(
         idx = encode_prompt(prompt, tokenizer, model.config.block_size).to(device)
         tokens = map(Tensor.item, model.stream(idx, max_new_tokens, *sampling))
         try:
-            stream_text(takewhile(lambda token: token != tokenizer.end_of_text, tokens), tokenizer)
+            before = idx[0].tolist()
+            stream_text(takewhile(lambda token: token != tokenizer.end_of_text, tokens), tokenizer, before)
         except KeyboardInterrupt:
             print()
 
@@ -142,17 +152,17 @@ def read_line(question: str) -> str:
         raise
 
 
-def stream_text(tokens: Iterable[int], tokenizer: Tokenizer) -> None:
-    """Prints the text of tokens as they come, and a line break."""
+def stream_text(tokens: Iterable[int], tokenizer: Tokenizer, before: list[int]) -> None:
+    """Prints the text of tokens as they come, and a line break; `before` are those of the prompt."""
     ids, shown = [], ""
     for token in tokens:
         ids.append(token)
         # A token may end within a character: U+FFFD is held back until the next token completes it.
-        text = tokenizer.decode(ids)
+        text = decode_after(before, ids, tokenizer)
         if not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print(tokenizer.decode(ids)[len(shown) :])
+    print(decode_after(before, ids, tokenizer)[len(shown) :])
 
 
 def parse_arguments(argv: list[str] | None) -> Namespace:
@@ -193,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     check_vocab_size(tokenizer, model.config.vocab_size)
     sampling = (args.max_new_tokens, args.seed, args.temperature, args.top_k, args.top_p)
     try:
-        if args.prompt is None and sys.stdin.isatty():
+        if args.prompt is None and sys.stdin and sys.stdin.isatty():
             with no_second_interrupt():
                 interact(model, tokenizer, *sampling)
             return 0

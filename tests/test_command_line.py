@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from utils.command_line import (
     Diverged,
     Unfinished,
     UserError,
+    command_name,
     environment_int,
     format_bytes,
     format_count,
@@ -115,7 +117,14 @@ def test_an_error_in_the_rank_itself_is_two_lines(capsys):
     assert capsys.readouterr().err == "error: LOCAL_RANK=x\nhint: unset it\n"
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("[x] DefaultCPUAllocator: can't allocate")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[x] DefaultCPUAllocator: can't allocate"),
+        RuntimeError("Storage size calculation overflowed with sizes=[1000000000000000, 2048]"),
+    ],
+)
 def test_a_lack_of_memory_is_two_lines(error, capsys):
     """Of Python and of PyTorch: smaller numbers help, a traceback does not."""
 
@@ -185,6 +194,25 @@ def test_given_flags_are_told_from_defaults():
         assert caught.value.hint.endswith("python x.py --help lists the flags and their defaults")
 
 
+def test_flags_that_do_nothing_in_a_mode_are_named(capsys):
+    """Those on the command line only, also with their default as the value; the ones of the mode are used."""
+    arguments = "--verify --input none.txt --tokenizer=gpt2 --output_dir x --num-workers 1".split()
+    build_fineweb_edu_shards.parse_arguments(arguments)
+    unused = "--input (with --verify), --num-workers (with --verify), --tokenizer (with --verify)"
+    assert sorted(read_unused(capsys)) == unused.split(", ")
+    build_fineweb_edu_shards.parse_arguments(["--verify", "--inputs", "--output-dir", "x"])
+    assert read_unused(capsys) == []
+    with pytest.raises(UserError, match="a.jsonl"):  # it is missing
+        eval_hellaswag.main(["--compare", "a.jsonl", "b.jsonl", "--limit", "3", "-m", "nonsense"])
+    assert sorted(read_unused(capsys)) == ["--limit (with --compare)", "--model-name (with --compare)"]
+
+
+def read_unused(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The flags that a warning on stderr names."""
+    lines = capsys.readouterr().err.splitlines()
+    return [text for line in lines for text in line.removeprefix("warning: not used: ").split(", ")]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(5, "5s"), (59.9, "59s"), (130, "2m10s"), (11100, "3h05m"), (187200, "2d04h")]
 )
@@ -210,6 +238,20 @@ def test_bytes_and_perplexities_as_text():
     assert (
         perplexity(0.0) == "1.00" and perplexity(10.8) == "49,020.80" and perplexity(1e6) == perplexity(700)
     )
+
+
+@pytest.mark.parametrize("folder", [".", str(ROOT), "/tmp/none"])
+def test_a_printed_command_is_true_in_any_folder(folder, monkeypatch):
+    """For the script that was started by its path, and for those beside it; others keep their names."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"{folder}/train_gpt.py"])
+    assert command_name("generate.py") == "generate.py"  # started by python -m, as pytest may be
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert command_name("train_gpt.py") == f"{folder}/train_gpt.py"
+    expected = Path(folder, "generate.py") if folder != "/tmp/none" else "generate.py"
+    assert command_name("generate.py") == str(expected)
+    monkeypatch.setattr(sys, "argv", [""])  # Python's prompt
+    assert command_name("generate.py") == "generate.py"
 
 
 @pytest.mark.slow

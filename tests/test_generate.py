@@ -17,6 +17,7 @@ from utils.command_line import UserError, run_script
 from utils.cpu_matmul import FastLinear
 from utils.runtime import Decision
 from utils.tokenizer import tokenizer_from_state
+from utils.tokenizer_json import JsonTokenizer, state_of
 from utils.weights.checkpoint import model_content, save_pair
 
 CHARACTERS = {"name": "char", "characters": "\n abcdefghijklmnopqrstuvwxyz"}
@@ -37,15 +38,21 @@ def printed(capsys, *arguments) -> str:
 
 
 def test_a_prompt_is_read_from_flag_file_or_standard_input(checkpoint, tmp_path, monkeypatch, capsys):
-    """The same text for a prompt on the command line, in a file, on standard input, with and without -p."""
+    """The same text for a prompt on the command line, in a file, on standard input, with and without -p.
+
+    A closed standard input is an empty one.
+    """
     flags = ("-m", checkpoint, "--max-new-tokens", 9)
     expected = printed(capsys, *flags, "-p", "to be")
     assert expected.startswith("to be") and len(expected) == len("to be") + 9 + 1
     (tmp_path / "prompt.txt").write_text("to be")
     assert printed(capsys, *flags, "-p", f"FILE:{tmp_path / 'prompt.txt'}") == expected
+    nothing = printed(capsys, *flags, "-p", "")
     for prompt in (["-p", "-"], []):
         monkeypatch.setattr(sys, "stdin", io.StringIO("to be"))
         assert printed(capsys, *flags, *prompt) == expected
+        monkeypatch.setattr(sys, "stdin", None)  # closed
+        assert printed(capsys, *flags, *prompt) == nothing
 
 
 def test_odd_prompts_are_answered(checkpoint, tmp_path, monkeypatch, capsys):
@@ -179,6 +186,34 @@ def test_an_incomplete_character_is_held_back(monkeypatch):
     assert pieces == ["a", "\U0001f600", "b", "", "a", "\ufffd"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "words", "prompt"),
+    [
+        ("Metaspace", ["\u2581What", "\u2581is", "\u2581ber", "lin"], "What is"),
+        ("WordPiece", ["What", "is", "ber", "##lin"], "What is"),
+        ("Metaspace", ["\u2581What", "\u2581is", "\u2581ber", "lin"], ""),
+    ],
+)
+def test_the_space_after_the_prompt_is_kept(kind, words, prompt, monkeypatch):
+    """Of decoders that omit the one before the first token of a text; streamed as in the whole text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(words, range(4))), words[-1]))
+    library.decoder = getattr(tokenizers.decoders, kind)()
+    splitters = tokenizers.pre_tokenizers
+    library.pre_tokenizer = splitters.Metaspace() if kind == "Metaspace" else splitters.Whitespace()
+    tokenizer, model = JsonTokenizer(state_of(library.to_str(), None)), tiny_model()
+    new = torch.tensor([[2, 3, 2]])
+    monkeypatch.setattr(model, "generate", lambda idx, *a, **k: torch.cat([idx, new], dim=1))
+    text = generate.sample_texts(model, tokenizer, prompt, 1, 3, 42)[0]
+    assert text == f"{prompt} berlin ber".strip()
+    monkeypatch.setattr(model, "stream", lambda *a, **k: iter(new[0]))
+    prompts, pieces = iter([prompt, ""]), []
+    monkeypatch.setattr("builtins.input", lambda question: next(prompts))
+    monkeypatch.setattr("builtins.print", lambda *a, **k: pieces.append(a[0]))
+    generate.interact(model, tokenizer, max_new_tokens=3, seed=42)
+    assert "".join(pieces) == (text[len(prompt) :] if prompt else "")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # From Python
 
@@ -220,7 +255,7 @@ def test_complete_needs_the_models_tokenizer():
 
 
 IMPOSSIBLE = [
-    *(dict(max_new_tokens=value) for value in (0, -5, 2.5)),
+    *(dict(max_new_tokens=value) for value in (0, -5, 2.5, 10**26)),
     *(dict(temperature=value) for value in (-0.1, float("nan"), float("inf"))),
     *(dict(top_k=value) for value in (0, -1)),
     *(dict(top_p=value) for value in (0.0, -0.5, 1.01, float("nan"))),
@@ -281,8 +316,8 @@ def test_the_arguments_of_sampling_have_names(function):
 @pytest.mark.parametrize(
     "flags",
     ["--temperature -1", f"--seed {2**64}", f"--seed -{2**63 + 1}", "--temperature nan", "--top-k 0",
-     "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0", "--max-new-tokens -5", "-p FILE:none.txt",
-     "-d cpu --dtype float16"],
+     "--top-p 0", "--top-p 1.5", "--top-p inf", "-n 0", f"-n {10**26}", f"-n {10**15}",
+     "--max-new-tokens -5", "-p FILE:none.txt", "-d cpu --dtype float16"],
 )  # fmt: skip
 def test_invalid_settings_are_refused(flags, checkpoint, capsys):
     """Exit code 2 and two lines; the hint names this script's flags."""

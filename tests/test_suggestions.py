@@ -53,7 +53,13 @@ def hint(script: str, *arguments: str) -> str:
         ("train", "input.txt", "--data input.txt"),
         ("train", "log/model_01000.pt", "--init-from log/model_01000.pt"),
         ("train", "--max-step 3 --lr=4 --max-step 5", "--max-steps for --max-step, --max-lr for --lr"),
-        ("train", "--eval_iters=20 --log_interval=1", "--val-tokens (in tokens) for --eval-iters"),
+        ("train", "--eval_iters=20 --qqqq=1", "--val-tokens (in tokens) for --eval-iters"),
+        ("train", "--log_interval=1", "--log-every"),
+        ("train", "--max-iter 5", "--max-steps"),
+        ("train", "--learning-rat 1e-3", "--max-lr"),
+        ("train", "--batch-siz 12", "--micro-batch"),
+        ("train", "--data-dir x", "--data"),
+        ("generate", "--model-typ gpt2", "--model-name"),
         ("generate", "--start hello", "--prompt"),
         ("generate", "--init_from=resume", "--model-name"),
         ("generate", "--out_dir=out", "--model-name (a folder is its newest checkpoint)"),
@@ -215,6 +221,7 @@ def test_a_name_too_long_for_the_system_is_an_error_in_two_lines(name):
 def test_similar_words():
     """Whatever the case; nothing for words that share little."""
     assert similar("GPT2-Larg", ("gpt2", "gpt2-large")) == "gpt2-large"
+    assert similar("gpt2-small", ("gpt2", "gpt2-xl")) == "gpt2"
     assert similar("abc", ("xyz",)) is None and similar("x", ()) is None
     assert similar("model", ("models-of-others", "model-name")) == "model-name"  # the shortest that begins so
     assert similar("log-interval", ("log-dir",)) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -82,7 +83,8 @@ def test_a_run_writes_plot_samples_and_checkpoints(finished_run):
     assert (log_dir / "model_best.pt").exists()
     assert names == ["model_00020.pt", "model_00030.pt", "optimizer_00020.pt", "optimizer_00030.pt"]
     last = process.stdout.strip().splitlines()[-1]
-    assert last.startswith("sample from it: python generate.py -m ") and "model_00030.pt" in last
+    script = shlex.quote(str(ROOT / "generate.py"))
+    assert last.startswith(f"sample from it: python {script} -m ") and "model_00030.pt" in last
     assert "step    12 | loss " in process.stdout and " tok/s | eta " in process.stdout
 
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +27,7 @@ from utils.console import (
     launched_by_torchrun,
     printable,
     second_interrupt_exits,
+    warn,
     watched_signals,
 )
 from utils.help_text import HelpFormatter
@@ -35,8 +36,12 @@ from utils.suggestions import flags_meant_by, similar
 # Of flags and files: larger numbers overflow somewhere, and mean nothing in a training run.
 LARGEST_INT = 10**15
 LARGEST_NUMBER = 1e30
-# In errors of PyTorch that are not OutOfMemoryErrors: of the CPU, of the CUDA driver, of cuBLAS.
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# In errors of PyTorch that are not OutOfMemoryErrors: of the CPU, of sizes above 2**63 bytes, of the CUDA
+# driver, of cuBLAS.
+OUT_OF_MEMORY = (
+    *("DefaultCPUAllocator", "Storage size calculation overflowed"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
 RANK_0_SECONDS = 1.0  # to print an error of all ranks: torchrun ends it as soon as another rank has ended
 
 
@@ -209,6 +214,12 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed = self.parse_known_args(args, empty)[0] if unknown_too else self.parse_args(args, empty)
         return defaults, {name: value for name, value in vars(parsed).items() if value is not None}
 
+    def warn_of_unused(self, args: Sequence[str] | None, used: Collection[str], reason: str) -> None:
+        """Warns of flags on the command line that are not `used`, for a `reason` such as "with --verify"."""
+        given = self.parse_defaults_and_given(args)[1]
+        if unused := [f"{flag_of(name)} ({reason})" for name in given if name not in used]:
+            warn(f"not used: {', '.join(unused)}")
+
     def error(self, message: str) -> NoReturn:
         meant = None
         if found := re.search(r"argument (\S+): ignored explicit argument '(.*)'", message):
@@ -232,11 +243,22 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(message, f"did you mean {meant}? {lists}" if meant else lists)
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
 def command_name(prog: str) -> str:
-    """`prog`, or the path by which its file was started: a printed command is then true in any folder."""
-    was_started_by_path = getattr(sys.modules["__main__"], "__spec__", None) is None
-    is_this = Path(sys.argv[0]).stem == prog.removesuffix(".py").rpartition(".")[2]
-    return shlex.quote(sys.argv[0]) if was_started_by_path and is_this else prog
+    """`prog`, or the path of its file, where that was started by its path, or is beside the one that was.
+
+    A printed command is then true in any folder.
+    """
+    if getattr(sys.modules["__main__"], "__spec__", None) is not None:  # python -m
+        return prog
+    if Path(sys.argv[0]).stem == prog.removesuffix(".py").rpartition(".")[2]:
+        return shlex.quote(sys.argv[0])
+    beside = Path(sys.argv[0]).parent / prog
+    return shlex.quote(str(beside)) if beside.exists() else prog
 
 
 def path_text(text: str) -> str:

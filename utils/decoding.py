@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from utils.command_line import UserError
+from utils.command_line import LARGEST_INT, UserError, shown
 
 if TYPE_CHECKING:
     from gpt_model import GPT
@@ -43,8 +43,12 @@ def check_sampling(
 ) -> None:
     """Raises one UserError that lists everything wrong with the arguments of `GPT.generate`."""
     counts = dict(max_new_tokens=max_new_tokens, num_samples=num_samples, top_k=1 if top_k is None else top_k)
-    problems = [f"{name}={value} is not a positive whole number" for name, value in counts.items()
-                if not isinstance(value, Integral) or value <= 0]  # fmt: skip
+    problems = []
+    for name, value in counts.items():
+        is_int = isinstance(value, Integral)
+        if not is_int or not 0 < value <= LARGEST_INT:
+            given = shown(int(value)) if is_int else value
+            problems.append(f"{name}={given} is not a whole number from 1 to {LARGEST_INT:,}")
     if not 0 <= temperature < math.inf:  # also for NaN
         problems.append(f"temperature={temperature} is not a finite number of at least 0")
     if top_p is not None and not 0 < top_p <= 1:

@@ -1,6 +1,7 @@
 """What a mistyped flag, value or file name probably meant, and what other programs call our flags."""
 
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ FORMER_FLAGS: dict[str, tuple[str, ...]] = {
     "learning_rate": ("--max-lr",),
     "lr": ("--max-lr",),
     "eval_interval": ("--val-every",),
+    "log_interval": ("--log-every",),
     "eval_iters": ("--val-tokens (in tokens)",),
     "always_save_checkpoint": ("--checkpoint-every (in steps)",),
     "out_dir": ("--log-dir", "--model-name (a folder is its newest checkpoint)"),
@@ -33,12 +35,18 @@ MOST_NAMES = 10_000  # of a folder that are compared
 
 
 def similar(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that begins with a word, or is written most like it, in whatever case; None without one."""
+    """The choice that begins with a word, is written most like it, or is its beginning; None without one.
+
+    Upper and lower case are alike.
+    """
     import difflib
 
     word, by_lower = word.lower(), {choice.lower(): choice for choice in choices}
     longer = [choice for choice in by_lower if len(word) > 2 and choice.startswith(word)]
-    found = [*sorted(longer, key=len), *difflib.get_close_matches(word, by_lower, n=1, cutoff=0.7)]
+    # As gpt2 of gpt2-small: up to the end of a part of the name.
+    shorter = [choice for choice in by_lower if len(choice) > 2 and re.match(rf"{re.escape(choice)}\W", word)]
+    close, closest = (difflib.get_close_matches(word, by_lower, n=1, cutoff=cutoff) for cutoff in (0.7, 0.8))
+    found = [*sorted(longer, key=len), *closest, *sorted(shorter, key=len, reverse=True), *close]
     return by_lower[found[0]] if found else None
 
 
@@ -78,15 +86,25 @@ def _flag_like(setting: str, flags: list[str]) -> str | None:
     name, equals, value = setting.partition("=")
     former = name.replace("-", "_")
     texts = [*FORMER_FLAGS.get(f"{former}{equals}{value}", ()), *FORMER_FLAGS.get(former, ())]
-    close = similar(name.replace("_", "-"), (flag[2:] for flag in flags))
-    found = (text for text in texts if text.split()[0] in flags)
-    return next(found, close and f"--{close}")
+    if known := _first_known(texts, flags):
+        return known
+    meant = {flag[2:]: flag for flag in flags}
+    for former, texts in FORMER_FLAGS.items():
+        if former.isidentifier() and (known := _first_known(texts, flags)):
+            meant.setdefault(former.replace("_", "-"), known)
+    close = similar(name.replace("_", "-"), meant)
+    return close and meant[close]
+
+
+def _first_known(texts: Iterable[str], flags: list[str]) -> str | None:
+    """The first of some texts of FORMER_FLAGS whose flag exists."""
+    return next((text for text in texts if text.split()[0] in flags), None)
 
 
 def _flag_for(value: str, flags: list[str]) -> str | None:
     """The flag that takes such a value."""
     if value.endswith(".py"):
-        return next((text for text in FORMER_FLAGS["config/*.py"] if text.split()[0] in flags), None)
+        return _first_known(FORMER_FLAGS["config/*.py"], flags)
     takes = ("--prompt",)
     if value.endswith(".pt") or value.startswith("gpt2"):
         takes = ("--model-name", "--init-from")

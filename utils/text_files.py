@@ -158,7 +158,7 @@ def wrong_kind(path: Path, data: bytes, expected: str) -> UserError:
     if kind == "parquet":
         hint = "mv {old} {new}"  # its name decides how a file is read
         new = path.with_suffix(".parquet")
-    elif kind == "text" and expected == "gzip":
+    elif kind == "text" and expected in ("gzip", "zstd"):
         hint = "mv {old} {new}"
     else:
         hint = SOLUTIONS.get(kind, f"give a file of {expected} instead")

@@ -64,11 +64,13 @@ def tokenizer_name(text: str, kinds: tuple[str, ...] = ("gpt2", "char"), *, must
     path = Path(path_text(text))
     if not must_exist and not os.path.exists(path) and (os.sep in text or path.suffix == ".json"):
         return str(path)
-    if not os.path.exists(path / FILE_NAME if os.path.isdir(path) else path):
+    is_folder = os.path.isdir(path)
+    file = path / FILE_NAME if is_folder else path
+    if not os.path.exists(file):
         expected = f"{', '.join(kinds)}, bpe:N, or the path of a {FILE_NAME}"
-        close = similar(text, kinds) or similar_file(path)
+        close = None if is_folder else similar(text, kinds) or similar_file(path)
         meant = f"; did you mean {close}?" if close else ""
-        raise argparse.ArgumentTypeError(f"no file {path} (expected {expected}){meant}")
+        raise argparse.ArgumentTypeError(f"no file {file} (expected {expected}){meant}")
     return str(path)
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from build_fineweb_edu_shards import main
+import build_fineweb_edu_shards
+from build_fineweb_edu_shards import main, parse_arguments
 from tests.conftest import OFFLINE, ROOT, run
 from utils.command_line import Unfinished, UserError
 from utils.files import locked, sha256_of
@@ -355,6 +356,14 @@ def test_a_file_system_without_locks_causes_a_warning_only(tmp_path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert build(tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", make_documents(5))) == 0
     assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_number_of_processes_out_of_all_proportion_is_refused(monkeypatch):
+    """Before one is started; several for each core are accepted."""
+    monkeypatch.setattr(build_fineweb_edu_shards, "num_cores", lambda: 3)
+    assert parse_arguments(["--num-workers", "24"]).num_workers == 24
+    with pytest.raises(UserError, match="--num-workers 25 is above 24, 8 for each core"):
+        parse_arguments(["--num-workers", "25"])
 
 
 def test_verify_names_damaged_shards_and_the_next_build_repairs_them(tmp_path, capsys):

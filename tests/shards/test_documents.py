@@ -191,6 +191,19 @@ def test_the_hint_for_a_packed_text_of_another_encoding_unpacks_it_first(tmp_pat
         assert len(blocks_of(Path(shlex.split(command)[-1]))) == 1
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_the_hint_for_a_text_that_is_not_packed_renames_it(tmp_path, suffix):
+    """Its name decides how a file is read; the renamed one is read."""
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b'{"text": "x"}')
+    with pytest.raises(UserError, match=f"{path} is text") as caught:
+        blocks_of(path)
+    new = tmp_path / "a.jsonl"
+    assert caught.value.hint == f"run: mv {path} {new}; then use {new}"
+    path.rename(new)
+    assert np.array_equal(blocks_of(new)[0].tokens, expected_tokens(["x"]))
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
 def test_byte_order_marks_crlf_and_blank_lines_change_nothing(tmp_path, suffix):
     """Also where files with marks were joined; a text file has one at its start."""

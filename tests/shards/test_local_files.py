@@ -72,6 +72,18 @@ def test_a_pattern_may_follow_a_folder_with_brackets(corpus):
     assert "1 broken links or special files (broken.txt)" in caught.value.hint
 
 
+def test_what_exists_without_a_corpus_file_is_named_for_what_it_is(tmp_path):
+    """A folder, and what is no regular file, are not said to be missing."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.docx").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for name, problem in (("in", "a folder without corpus files"), ("pipe", "not a regular file")):
+        with pytest.raises(UserError) as caught:
+            find_files([str(tmp_path / name)])
+        assert str(caught.value) == f"--input {tmp_path / name}: {problem}"
+        assert caught.value.hint.startswith("give files, globs or folders: .parquet, ")
+
+
 def test_a_pattern_is_relative_to_the_working_directory(corpus, monkeypatch):
     """With and without a folder before the first wildcard."""
     monkeypatch.chdir(corpus.parent)

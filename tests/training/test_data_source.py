@@ -16,6 +16,7 @@ from tests.conftest import FileServer
 from tests.shards.test_build import build, make_documents, tokens_of, write_jsonl, write_parquet
 from tests.shards.test_documents import zstd
 from tests.small_runs import Killed, assert_same_run, kill_in_update, train
+from utils import tokenizer_json
 from utils.command_line import UserError
 from utils.distributed import Distributed
 from utils.tokenizer import gpt2_encoding
@@ -68,6 +69,20 @@ def test_the_order_in_which_data_is_looked_for(tmp_path, monkeypatch):
     assert choose_source(None).kind == "shards"
     assert choose_source("other.txt").path == Path("other.txt")
     assert choose_source(str(tmp_path)).kind == "shards"
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "0.ds", "edufineweb_val_000000.npy"])
+def test_a_token_file_is_answered_with_its_folder(name, tmp_path, monkeypatch):
+    """Which holds the other split, too; in any folder."""
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / name).write_bytes(bytes(range(100)))
+    with pytest.raises(UserError, match=f"{name} is a file of tokens") as caught:
+        fetch(str(tmp_path / "my data" / name), ALONE)
+    assert caught.value.hint == f"give its folder: --data '{tmp_path}/my data'"
+    monkeypatch.chdir(tmp_path / "my data")
+    with pytest.raises(UserError) as caught:
+        fetch(name, ALONE)
+    assert caught.value.hint == "give its folder: --data ."
 
 
 def test_shards_cannot_be_read_as_characters(tmp_path):
@@ -300,9 +315,31 @@ def test_a_folder_that_is_too_large_gets_the_command_that_builds_its_shards(corp
     assert sorted(tokens_of_data(new)[0]) == sorted(tokens)  # val comes first there
 
 
+def test_the_shards_of_a_folder_that_is_too_large_have_the_tokenizer_of_the_run(corpus, monkeypatch):
+    """Then the same command trains on them; of characters, which have no shards, one file may be larger."""
+    pytest.importorskip("tokenizers")
+    size = sum(len(text) for text in read_all(corpus))
+    monkeypatch.setattr(data_source, "MAX_CHARACTERS", size - 1)
+    own, state = {"name": "bpe", "vocab_size": 260}, tokenizer_json.train_bpe(["a text"], 258)
+    hints = []
+    for tokenizer_state in (own, {"name": "char"}, state):
+        with pytest.raises(UserError) as caught:
+            open_data(choose_source(str(corpus)), tokenizer_state, 4, ALONE)
+        hints.append(caught.value.hint)
+    command, flag = hints[0].removeprefix("make shards of its texts: ").split("; then --data ")
+    assert build_fineweb_edu_shards.main([*shlex.split(command)[2:], "--num-workers", "1"]) == 0
+    (folder,) = shlex.split(flag)
+    assert open_data(choose_source(folder), own, 4, ALONE).tokenizer.vocab_size == 260
+    assert hints[1].startswith("characters have no shards: ")
+    one = corpus.parent / "one.txt"
+    one.write_text("a text " * size)
+    assert open_data(choose_source(str(one)), {"name": "char"}, 4, ALONE).train.num_tokens > 0
+    assert " --tokenizer FILE (your tokenizer.json; " in hints[2]
+
+
 def read_all(folder: Path) -> list[str]:
     """The documents of a folder."""
-    return data_source.read_folder(folder, ALONE)
+    return data_source.read_folder(folder, {"name": "gpt2"}, ALONE)
 
 
 def test_an_unusable_file_in_a_folder_is_named_with_the_trainers_flag(corpus):

@@ -155,6 +155,10 @@ def test_the_best_checkpoint_cannot_be_resumed_from(short_text, stopped_run):
     with pytest.raises(UserError, match=r"model_best.pt holds weights only") as caught:
         train(short_text, stopped_run, "--resume", best)
     assert f"--init-from {best}" in caught.value.hint
+    for path in stopped_run.glob("model_0*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"model_best.pt holds weights only"):
+        train(short_text, stopped_run, "--resume", str(stopped_run))
     assert train(short_text, stopped_run, "--init-from", best, "--max-steps", "3") == 0
 
 

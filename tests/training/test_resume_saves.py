@@ -204,4 +204,5 @@ def test_a_renamed_model_file_cannot_be_resumed_from(stopped_run, short_text, tm
     (stopped_run / "model_00009.pt").rename(tmp_path / "best.pt")
     with pytest.raises(UserError, match="best.pt is not named model_") as caught:
         train(short_text, stopped_run, "--resume", str(tmp_path / "best.pt"))
-    assert "optimizer_STEP.pt" in caught.value.hint
+    assert caught.value.hint.startswith("if it has one, ") and "optimizer_STEP.pt" in caught.value.hint
+    assert caught.value.hint.endswith(f"--init-from {tmp_path / 'best.pt'}")

@@ -83,16 +83,22 @@ def test_sizes_files_and_folders_of_transformers_are_themselves(tmp_path, capsys
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("gpt2-larg", "gpt2-large"), ("GPT2xl", "gpt2-xl"), ("openai-community/gpt2", None)]
+    ("name", "meant"),
+    [
+        ("gpt2-larg", "gpt2-large"),
+        ("GPT2xl", "gpt2-xl"),
+        ("gpt2-small", "gpt2"),
+        ("openai-community/gpt2", None),
+    ],
 )
 def test_a_misspelled_size_is_answered_with_the_similar_one(name, meant):
-    """Beside the list of all; a path is not taken for a size."""
+    """Beside the list of all; a path is not taken for a size, but the hub's name for one is recognized."""
     error = refused(name)
     if meant:
         assert str(error).startswith(f"unknown model '{name}'; choose gpt2, gpt2-medium")
         assert error.hint.startswith(f"did you mean {meant}? ")
     else:
-        assert str(error) == f"no checkpoint at {name}"
+        assert str(error) == f"no checkpoint at {name}" and error.hint == "did you mean gpt2?"
 
 
 @pytest.mark.parametrize(

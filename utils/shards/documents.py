@@ -271,7 +271,8 @@ def read_documents(part: Part, text_field: str, *, bad_rows: str = "stop") -> li
 def read_rows(part: Part, text_field: str, *, bad_rows: str = "stop") -> list[str | None]:
     """The texts of a part, one per document; None for a row without text if `bad_rows` is "skip".
 
-    If it is "stop", such a row is a UserError that names its place. Text that is not UTF-8 always is.
+    If it is "stop", such a row is a UserError that names its place. A row that is not UTF-8 is one without
+    text; a file of text that is not UTF-8 is always a UserError.
     """
     texts: list[str | None] = []
     with read_errors(part.path):

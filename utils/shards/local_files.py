@@ -90,7 +90,9 @@ def find_files(arguments: list[str], flag: str = "--input") -> tuple[list[Path],
             is_name = not os.path.exists(argument) and set("*?[").isdisjoint(argument)
             if is_name and (close := similar_file(Path(argument))):
                 hint = f"did you mean {flag} {quoted(close)}?"
-            raise UserError(f"{flag} {argument}: no such file", hint)
+            problem = "not a regular file" if os.path.exists(argument) else "no such file"
+            problem = "a folder without corpus files" if os.path.isdir(argument) else problem
+            raise UserError(f"{flag} {argument}: {problem}", hint)
         for file in files:
             if found.setdefault(file.resolve(), file) is not file:
                 left_out.setdefault("named twice", []).append(file)

@@ -41,6 +41,11 @@ def holds_tokens(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in PATTERNS)
 
 
+def is_token_file(path: Path) -> bool:
+    """Whether a file has the name of a token file, which is read together with the others in its folder."""
+    return os.path.isfile(path) and any(path.match(pattern) for pattern in PATTERNS)
+
+
 def token_files(folder: Path, split: str) -> list[Shard]:
     """The files of a split, in order. Raises UserError if there are none, or for a damaged one."""
     if find_all_shards(folder):

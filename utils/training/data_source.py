@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.command_line import UserError
+from utils.command_line import UserError, command_name
 from utils.console import announced, say, warn
 from utils.data_loader import TextStream, TokenStream, WindowLoader, split_text
 from utils.distributed import Distributed
@@ -28,7 +28,7 @@ from utils.shards.documents import (
 from utils.shards.format import find_shards
 from utils.shards.local_files import LocalFiles, describe_left_out, find_files
 from utils.shards.stream import ShardStream
-from utils.shards.token_files import holds_tokens, refuse_characters
+from utils.shards.token_files import holds_tokens, is_token_file, refuse_characters
 from utils.suggestions import similar_file
 from utils.text_files import decode_text, free_name, quoted, read_text
 from utils.tokenizer import (
@@ -96,6 +96,9 @@ def fetch(requested: str | None, dist: Distributed) -> Source:
     dist.barrier()  # for every kind of source: another machine may have chosen another one
     if requested and not os.path.exists(source.path) and (close := similar_file(source.path)):
         raise UserError(f"cannot read {requested}: no such file", f"did you mean --data {quoted(close)}?")
+    if is_token_file(source.path):
+        hint = f"give its folder: --data {quoted(source.path.parent)}"
+        raise UserError(f"{source.path} is a file of tokens, which are read from their folder", hint)
     if source.kind != "download":
         return source
     # Every rank looks at the disk of its own machine; open_data compares what they found.
@@ -155,7 +158,7 @@ def tokenize(
     for unusable files.
     """
     with announced(f"reading {source.path or 'the documentation'}", shown=dist.is_master):
-        text, documents = read_source(source, dist)
+        text, documents = read_source(source, tokenizer_state, dist)
     if documents is not None and not has_end_of_text(tokenizer_state):
         if dist.is_master:
             have = "characters have" if tokenizer_state["name"] == "char" else "the tokenizer has"
@@ -174,10 +177,12 @@ def tokenize(
     return tokenizer, tokens, border, {"documents": count, "sha256": sha256}
 
 
-def read_source(source: Source, dist: Distributed) -> tuple[str, Iterable[list[str]] | None]:
+def read_source(
+    source: Source, tokenizer_state: dict[str, Any], dist: Distributed
+) -> tuple[str, Iterable[list[str]] | None]:
     """A text and None, or "" and lists of documents."""
     if source.kind == "texts":
-        return "", [read_folder(source.path, dist)]
+        return "", [read_folder(source.path, tokenizer_state, dist)]
     if source.kind == "records":
         warn_of_records(source.path, dist)
         parts = parts_from(LocalFiles([source.path]), TEXT_FIELD, Position())
@@ -195,8 +200,11 @@ def read_source(source: Source, dist: Distributed) -> tuple[str, Iterable[list[s
     return "", [[text for text in documents if text.strip()]]
 
 
-def read_folder(folder: Path, dist: Distributed) -> list[str]:
-    """The documents that the shard builder finds in a folder. Raises UserError if they are too long."""
+def read_folder(folder: Path, tokenizer_state: dict[str, Any], dist: Distributed) -> list[str]:
+    """The documents that the shard builder finds in a folder.
+
+    Raises UserError if they are too long; its hint is for the tokenizer.
+    """
     paths, left_out = find_files([str(folder)], "--data")
     files = LocalFiles(paths)
     if left_out and dist.is_master:
@@ -209,15 +217,27 @@ def read_folder(folder: Path, dist: Distributed) -> list[str]:
         texts = read_documents(part, TEXT_FIELD)
         num_characters += sum(map(len, texts))
         if num_characters > MAX_CHARACTERS:
-            name = folder.name if folder.name not in ("", "..") else folder.resolve().name
-            new = quoted(free_name(folder.parent / f"{name}_shards"))
-            command = f"python build_fineweb_edu_shards.py --input {quoted(folder)} --output-dir {new}"
             what = f"{folder} has more than {MAX_CHARACTERS:,} characters, too many to tokenize at each start"
-            raise UserError(what, f"make shards of its texts: {command}; then --data {new}")
+            raise UserError(what, shards_hint(folder, tokenizer_state))
         if part.continues_document:
             documents[-1] += texts.pop(0)
         documents += texts
     return documents
+
+
+def shards_hint(folder: Path, tokenizer_state: dict[str, Any]) -> str:
+    """How to train on a folder of too many texts: on shards of the same tokenizer."""
+    if tokenizer_state["name"] == "char":
+        return "characters have no shards: give --data a smaller folder, or one file, which may be larger"
+    name = folder.name if folder.name not in ("", "..") else folder.resolve().name
+    new = quoted(free_name(folder.parent / f"{name}_shards"))
+    builder = command_name("build_fineweb_edu_shards.py")
+    command = f"python {builder} --input {quoted(folder)} --output-dir {new}"
+    if "vocab_size" in tokenizer_state:
+        command += f" --tokenizer bpe:{tokenizer_state['vocab_size']}"
+    elif tokenizer_state["name"] != "gpt2":
+        command += " --tokenizer FILE (your tokenizer.json; utils.weights.export writes that of a checkpoint)"
+    return f"make shards of its texts: {command}; then --data {new}"
 
 
 def warn_of_records(path: Path, dist: Distributed) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from utils.command_line import ArgumentParser, UserError, positive_int
+from utils.command_line import ArgumentParser, UserError, command_name, flag_of, positive_int
 from utils.console import warn
 from utils.distributed import Distributed
 from utils.files import sha256_of_code
@@ -173,11 +173,6 @@ def warn_of_unused(args: Namespace) -> None:
         warn(f"not used: {', '.join(found)}")
 
 
-def flag_of(name: str) -> str:
-    """The flag of a setting."""
-    return f"--{name.replace('_', '-')}"
-
-
 def check_ranks_agree(args: Namespace, dist: Distributed) -> None:
     """Raises UserError, with flags, ranks and values, unless all ranks run the same code and settings."""
     if dist.is_alone:
@@ -242,5 +237,5 @@ def check_training_settings(args: Namespace, world_size: int) -> None:
     except UserError as error:
         problems.append(str(error))
     if problems:
-        hint = "change the flags named above; python train_gpt.py --help lists all"
+        hint = f"change the flags named above; python {command_name('train_gpt.py')} --help lists all"
         raise UserError("; ".join(problems), hint)

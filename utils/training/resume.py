@@ -184,11 +184,13 @@ def read_checkpoint(name: str, log_dir: Path) -> Checkpoint | None:
     if path.is_dir():
         if checkpoint := newest_complete(path):
             return checkpoint
-        hint = "name the log directory of a run; --resume alone continues that in --log-dir"
-        raise UserError(f"{name} has no model_*.pt to resume from", hint)
+        path = best_path(path)
+        if not path.exists():
+            hint = "name the log directory of a run; --resume alone continues that in --log-dir"
+            raise UserError(f"{name} has no model_*.pt to resume from", hint)
     if path.name == best_path(log_dir).name:
-        hint = f"--resume alone continues from the newest checkpoint; --init-from {quoted(name)}"
-        raise UserError(f"{name} holds weights only", f"{hint} starts a new run from these weights")
+        hint = f"--resume alone continues from the newest checkpoint; --init-from {quoted(path)}"
+        raise UserError(f"{path} holds weights only", f"{hint} starts a new run from these weights")
     return load_pair(path)
 
 

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from utils.command_line import bits_per_byte, format_duration, perplexity
+from utils.command_line import bits_per_byte, command_name, format_duration, perplexity
 from utils.console import announced, line_width, lost_streams, say
 from utils.text_files import quoted
 from utils.training.curves import plot_run
@@ -180,7 +180,7 @@ class RunLog:
         if self.is_master:
             written = (pattern for pattern in RUN_FILES if any(self.log_dir.glob(pattern)))
             self.say(f"in {self.log_dir}/: {', '.join(written)}")
-            command = f"python generate.py -m {quoted(model)} -p {quoted(prompt)}"
+            command = f"python {command_name('generate.py')} -m {quoted(model)} -p {quoted(prompt)}"
             self.say(f"sample from it: {command}", wrap=False)
 
     def sync(self) -> None:

@@ -216,7 +216,8 @@ def load_pair(path: Path) -> Checkpoint:
     model, twin = load_model_file(path), state_path(path)
     if twin == path:  # a file is never its own twin
         what = f"{path} is not named model_*.pt, so its optimizer file cannot be found"
-        raise UserError(what, "restore the names model_STEP.pt and optimizer_STEP.pt, side by side")
+        hint = "if it has one, name both model_STEP.pt and optimizer_STEP.pt, side by side"
+        raise UserError(what, f"{hint}; else start a new run from the weights: --init-from {quoted(path)}")
     if not twin.exists():
         hint = "restore it beside the model file, or start a new run from the weights with --init-from"
         raise UserError(f"{path} has no optimizer file {twin.name} beside it to resume from", hint)

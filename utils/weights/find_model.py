@@ -38,6 +38,8 @@ def find_model(source: str | Path, sizes: Collection[str]) -> str | Path:
             raise optimizer_file(path)
         return path
     if path.suffix == ".pt" or os.sep in str(source):
+        if path.name in sizes and not os.path.isdir(path.parent):  # as openai-community/gpt2 of the hub
+            raise UserError(f"no checkpoint at {path}", f"did you mean {path.name}?")
         raise missing_file(path)
     close = similar(path.name, sizes) or similar_model(path)
     meant = f"did you mean {quoted(close)}? " if close else ""
