@@ -94,7 +94,7 @@ def parse_arguments(arguments: list[str] | None) -> Namespace:
     add("--inputs", action="store_true", help="with --verify: compare the input files with it, too")
     args = parser.parse_args(arguments)
     if args.verify:
-        parser.warn_of_unused(arguments, {"verify", "inputs", "output_dir"}, "with --verify")
+        parser.warn_of_others(arguments, {"verify", "inputs", "output_dir"}, "with --verify")
     if args.inputs and not args.verify:
         raise UserError("--inputs is part of --verify", "add --verify, or name files with --input")
     if args.num_workers > (most := MOST_WORKERS_PER_CORE * num_cores()):

@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.compare:
-        parser.warn_of_unused(argv, {"compare"}, "with --compare")
+        parser.warn_of_others(argv, {"compare"}, "with --compare")
         print(compare(*args.compare))
         return 0
     if args.split == "test" and args.output is None:

@@ -545,7 +545,7 @@ def test_the_command_for_a_gpu_runs_at_toy_size(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_the_recipes_on_a_card_run_at_toy_size(tmp_path: Path):
+def test_the_recipes_on_a_gpu_run_at_toy_size(tmp_path: Path):
     """On shards that it builds; this part runs only when asked for, and then alone."""
     figures, printed = measured(tmp_path, "cuda", "--toy", "--recipe", "--commit", "abc")
     assert list(figures["parts"]) == ["recipe"] and "recipe" not in benchmark_cuda.DEFAULT_PARTS
@@ -668,7 +668,7 @@ def test_the_bars_are_taken_from_the_figures():
     assert outcome("loss", {"forms": forms}) == 3 * [(None, False)]
 
 
-def test_the_command_needs_a_card():
+def test_the_command_needs_a_gpu():
     """Without one it measures nothing; the hint says how to try it."""
     with pytest.raises(UserError, match="no CUDA device found") as caught:
         benchmark.main(["cuda"])

@@ -245,7 +245,8 @@ def test_a_printed_command_is_true_in_any_folder(folder, monkeypatch):
     """For the script that was started by its path, and for those beside it; others keep their names."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", [f"{folder}/train_gpt.py"])
-    assert command_name("generate.py") == "generate.py"  # started by python -m, as pytest may be
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", object())  # started by python -m
+    assert command_name("generate.py") == "generate.py"
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert command_name("train_gpt.py") == f"{folder}/train_gpt.py"
     expected = Path(folder, "generate.py") if folder != "/tmp/none" else "generate.py"
@@ -306,6 +307,6 @@ def test_a_path_may_begin_with_a_tilde_and_has_no_nul(type, monkeypatch, tmp_pat
 def test_the_value_of_a_variable_that_is_not_set_is_no_path(main, flag, value):
     """`--init-from "$CHECKPOINT"` would otherwise train from random weights, or read the current folder."""
     with pytest.raises(
-        UserError, match=f"{flag}.* is no path; is it a variable of the shell that is not set"
+        UserError, match=f"{flag}.* is not a path; is it a variable of the shell that is not set"
     ):
         main([flag, value])

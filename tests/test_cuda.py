@@ -211,7 +211,7 @@ def test_determinism_with_compile_is_refused(text_file, tmp_path):
     assert hint == "hint: leave one of the two out"
 
 
-def test_the_quick_start_chooses_what_suits_the_card(triton, text_file, tmp_path):
+def test_the_quick_start_chooses_what_suits_the_gpu(triton, text_file, tmp_path):
     """The preset small; so short a run is not compiled, and the reason says how that was estimated."""
     flags = ("--data", text_file, "--log-dir", tmp_path, "--max-steps", 5)
     process = run("train_gpt.py", *flags, **WITH_GPU)

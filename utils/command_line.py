@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -214,11 +214,10 @@ class ArgumentParser(argparse.ArgumentParser):
         parsed = self.parse_known_args(args, empty)[0] if unknown_too else self.parse_args(args, empty)
         return defaults, {name: value for name, value in vars(parsed).items() if value is not None}
 
-    def warn_of_unused(self, args: Sequence[str] | None, used: Collection[str], reason: str) -> None:
+    def warn_of_others(self, args: Sequence[str] | None, used: Collection[str], reason: str) -> None:
         """Warns of flags on the command line that are not `used`, for a `reason` such as "with --verify"."""
         given = self.parse_defaults_and_given(args)[1]
-        if unused := [f"{flag_of(name)} ({reason})" for name in given if name not in used]:
-            warn(f"not used: {', '.join(unused)}")
+        warn_not_used({name: reason for name in given if name not in used})
 
     def error(self, message: str) -> NoReturn:
         meant = None
@@ -248,6 +247,12 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def warn_not_used(unused: Mapping[str, str]) -> None:
+    """Warns of settings on the command line that do nothing, each with the reason."""
+    if unused:
+        warn("not used: " + ", ".join(f"{flag_of(name)} ({reason})" for name, reason in unused.items()))
+
+
 def command_name(prog: str) -> str:
     """`prog`, or the path of its file, where that was started by its path, or is beside the one that was.
 
@@ -262,10 +267,13 @@ def command_name(prog: str) -> str:
 
 
 def path_text(text: str) -> str:
-    """A path, or a name such as gpt2; `~` is the home folder, also after `=`, where the shell leaves it."""
+    """A path, or a name such as gpt2; `~` is the home folder, also after `=`, where the shell leaves it.
+
+    Blank text, a NUL character and a name too long for the system are refused.
+    """
     if not text.strip():
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no path; is it a variable of the shell that is not set?"
+            f"{text!r} is not a path; is it a variable of the shell that is not set?"
         )
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL character, which no file name has")

@@ -89,9 +89,9 @@ def _flag_like(setting: str, flags: list[str]) -> str | None:
     if known := _first_known(texts, flags):
         return known
     meant = {flag[2:]: flag for flag in flags}
-    for former, texts in FORMER_FLAGS.items():
-        if former.isidentifier() and (known := _first_known(texts, flags)):
-            meant.setdefault(former.replace("_", "-"), known)
+    for theirs, ours in FORMER_FLAGS.items():
+        if theirs.isidentifier() and (known := _first_known(ours, flags)):
+            meant.setdefault(theirs.replace("_", "-"), known)
     close = similar(name.replace("_", "-"), meant)
     return close and meant[close]
 

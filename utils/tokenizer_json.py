@@ -49,7 +49,7 @@ GPT2_PRE_TOKENIZER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex
 def tokenizer_name(text: str, kinds: tuple[str, ...] = ("gpt2", "char"), *, must_exist: bool = False) -> str:
     """The value of `--tokenizer`: one of `kinds`, "bpe:N", or the path of a tokenizer.json or its folder.
 
-    Unless it `must_exist`, a file may be gone: a resumed run does not need it, another one says so later.
+    Unless it `must_exist`, the file of a path may be gone: a resumed run does not need it.
     """
     if text in kinds:
         return text

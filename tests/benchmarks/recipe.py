@@ -119,6 +119,7 @@ def measure(args: Namespace) -> Figures:
         faithful = [*flags, "--recipe", "faithful"]
         trials = try_rates(part, faithful, args.seeds[0], Path(name))
         targets = {}
+        figures["trials"] = {str(rate): trial["val_loss"] for rate, trial in trials.items()}
         if trials:
             rate = min(trials, key=lambda rate: trials[rate]["val_loss"])
             faithful += ["--max-lr", str(rate)]

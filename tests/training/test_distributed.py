@@ -168,7 +168,7 @@ def test_a_non_finite_loss_on_one_rank_stops_all_ranks(short_text, tmp_path):
 def test_a_save_may_take_longer_than_the_timeout(short_text, tmp_path):
     """--dist-timeout does not apply while the other ranks wait for rank 0 to save."""
     flags = ("--max-steps", "3", "--dist-timeout", "10")  # it also limits how far apart the ranks may start
-    finished(2, short_text, tmp_path, *flags, SLOW_SAVE="10")
+    finished(2, short_text, tmp_path, *flags, SLOW_SAVE="15")
     assert (tmp_path / "model_00003.pt").exists()
 
 

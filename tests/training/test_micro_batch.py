@@ -15,14 +15,17 @@ from utils.training.resume import find_checkpoint
 @pytest.mark.parametrize(
     ("fits", "rows", "expected"), [(5, 64, 4), (100, 64, 64), (100, 24, 8), (1, 64, 1), (9, 7, 1)]
 )
-def test_the_largest_power_of_two_that_fits_and_divides(fits, rows, expected):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_the_largest_power_of_two_that_fits_and_divides(error, fits, rows, expected):
     """Doubling stops when the memory is full, or when the rows of an update are no longer a multiple."""
     tried = []
 
     def step(B: int) -> None:
         tried.append(B)
         if B > fits:
-            raise torch.OutOfMemoryError(f"{B} rows")
+            raise error
 
     assert largest_that_fits(step, rows) == expected
     assert tried == sorted(set(tried))

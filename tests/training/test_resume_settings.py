@@ -66,18 +66,18 @@ def test_the_hint_continues_the_run_when_it_is_followed(flags, step, stopped_run
 
 def test_changed_data_of_the_same_name_must_be_restored():
     """No flag brings it back, and the hint says so; other data is named, or its flag left out."""
-    text = "text.txt"
+    text, data = "text.txt", [{"sha256": "1"}, {"sha256": "1"}]
     saved = Checkpoint(
         Path("model_00001.pt"),
         {"config": {"n_layer": 2}},
-        {"train_args": {"data": text}, "tokenizer": {"name": "gpt2"}, "data": [1], "environment": {}},
+        {"train_args": {"data": text}, "tokenizer": {"name": "gpt2"}, "data": data, "environment": {}},
     )
     now = Identity({"n_layer": 2}, {"data": text}, {"name": "gpt2"}, [], {})
     assert how_to_continue(now, saved, {}) == ["restore its data and tokenizer as they were"]
     assert how_to_continue(now._replace(settings={"data": "x"}), saved, {}) == [f"add --data {text}"]
     saved.state["train_args"]["data"] = None
     assert how_to_continue(now, saved, {}) == ["leave out --data"]
-    other = Identity({"n_layer": 2}, {"data": text}, {"name": "bpe"}, [1], {})  # a changed tokenizer.json
+    other = Identity({"n_layer": 2}, {"data": text}, {"name": "bpe"}, data, {})  # a changed tokenizer.json
     assert how_to_continue(other, saved, {}) == ["restore its data and tokenizer as they were"]
 
 

@@ -198,7 +198,7 @@ def test_a_changed_text_is_refused_when_resuming(whole, tmp_path):
     assert "another tokenizer" not in str(caught.value)
 
 
-def test_a_resumed_run_does_not_read_the_tokenizer_json_again(world, tmp_path, monkeypatch):
+def test_a_resumed_run_does_not_need_its_tokenizer_json(world, tmp_path, monkeypatch):
     """The file may be gone: the checkpoint has the tokenizer. A run that starts needs it."""
     path = tmp_path / "tokenizer.json"
     path.write_text(train_bpe([WORLD], 300)["json"], encoding="utf-8")
@@ -211,7 +211,11 @@ def test_a_resumed_run_does_not_read_the_tokenizer_json_again(world, tmp_path, m
     assert train(world, tmp_path / "log", *flags, "--resume") == 0
     assert_same_run(tmp_path / "log", tmp_path / "whole", step=8)
     with pytest.raises(UserError, match=f"cannot read {path}: No such file"):
-        train(world, tmp_path / "log", *flags)
+        train(world, tmp_path / "new", *flags)
+    (tmp_path / "tokeniser.json").touch()
+    with pytest.raises(UserError, match=f"no file {path}") as caught:
+        train(world, tmp_path / "new", *flags)
+    assert caught.value.hint == f"did you mean --tokenizer {tmp_path}/tokeniser.json?"
 
 
 def test_the_model_is_read_by_every_program(world, whole, tmp_path, capsys, monkeypatch):

@@ -138,10 +138,12 @@ def dry_run(plan: Plan, state: TrainState, dtype: torch.dtype) -> int:
     batches = plan.train.train_batches(0)
     with announced("timing micro-steps", DRY_RUN_STEPS, shown=plan.dist.is_master) as advance:
         for i in range(DRY_RUN_STEPS):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # the step of the optimizers is not timed
             started = time.perf_counter()
             forward_backward(state.trained_model, *next(batches), dtype).item()  # waits for the device
             seconds.append(time.perf_counter() - started)
-            if i % plan.micro_steps == 0:  # once at the start: a run holds the moments beside the activations
+            if i % plan.micro_steps == 0:  # the first at once: a run holds the moments beside activations
                 for optimizer in state.optimizers.values():
                     optimizer.step()
                     optimizer.zero_grad()

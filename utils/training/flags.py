@@ -11,8 +11,14 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from utils.command_line import ArgumentParser, UserError, command_name, flag_of, positive_int
-from utils.console import warn
+from utils.command_line import (
+    ArgumentParser,
+    UserError,
+    command_name,
+    flag_of,
+    positive_int,
+    warn_not_used,
+)
 from utils.distributed import Distributed
 from utils.files import sha256_of_code
 from utils.help_text import HelpFormatter
@@ -168,9 +174,7 @@ def unused_flags(args: Namespace) -> dict[str, str]:
 def warn_of_unused(args: Namespace) -> None:
     """Warns of flags on the command line that this run does not use."""
     unused = unused_flags(args)
-    found = [f"{flag_of(name)} ({unused[name]})" for name in args.typed if name in unused]
-    if found:
-        warn(f"not used: {', '.join(found)}")
+    warn_not_used({name: unused[name] for name in args.typed if name in unused})
 
 
 def check_ranks_agree(args: Namespace, dist: Distributed) -> None:

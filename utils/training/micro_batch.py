@@ -128,7 +128,9 @@ def largest_that_fits(try_step: Callable[[int], None], rows: int) -> int:
     while rows % B == 0:
         try:
             try_step(B)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             break
         found, B = B, 2 * B
     if not found:

@@ -14,7 +14,7 @@ from utils.tokenizer import Tokenizer, check_vocab_size, tokenizer_from_state
 from utils.training.data_source import Data, fetch, open_data
 from utils.training.flags import flag_of
 from utils.training.optimizers import state_bytes
-from utils.training.tokenizing import fits_request, requested_tokenizer
+from utils.training.tokenizing import fits_request, recorded_tokenizer, requested_tokenizer
 from utils.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def load_model(
         return None
     sizes = {name: getattr(model.config, name) for name in ("n_layer", "n_head", "n_embd")}
     found = dict(sizes)
-    if args.tokenizer and not fits_request(args.tokenizer, model.tokenizer_state):
+    is_recorded = recorded_tokenizer(args.tokenizer, checkpoint) is not None
+    if args.tokenizer and not is_recorded and not fits_request(args.tokenizer, model.tokenizer_state):
         found["tokenizer"] = request_for(model.tokenizer_state)
     check_typed(args, found, source)
     vars(args).update(sizes)
@@ -79,7 +80,7 @@ def load_model_and_data(
 
 
 def request_for(tokenizer_state: dict[str, Any]) -> str:
-    """The value of `--tokenizer` for a tokenizer; its kind where only a file names it."""
+    """What to record as `--tokenizer`: the kind of a tokenizer, and the size of a BPE."""
     name = tokenizer_state["name"]
     return f"bpe:{tokenizer_from_state(tokenizer_state).vocab_size}" if name == "bpe" else name
 

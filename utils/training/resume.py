@@ -246,7 +246,9 @@ def start_or_resume(
         if path.resolve().parent == args.log_dir.resolve():
             other_val = has_other_val_tokens(checkpoint.state, args)
             archive_run(args.log_dir, checkpoints_after=step, with_best=other_val)
-            if not other_val:
+            if other_val:
+                warn("val losses are measured on other tokens: the best one so far does not compare")
+            else:
                 restore_best(args.log_dir, checkpoint)
             cut_logs_back(args.log_dir, checkpoint.state["log"])
             state.resumed_from = path
@@ -274,17 +276,18 @@ def start_or_resume(
 
 
 def has_other_val_tokens(saved: dict[str, Any], args: Namespace) -> bool:
-    """Whether the run of a checkpoint measured val losses on another number of tokens."""
-    return saved["train_args"].get("val_tokens", args.val_tokens) != args.val_tokens
+    """Whether a run goes on with val losses on another number of tokens than before its checkpoint."""
+    other = saved["train_args"].get("val_tokens", args.val_tokens) != args.val_tokens
+    return other and saved["step"] < args.max_steps
 
 
 def restore_best(log_dir: Path, checkpoint: Checkpoint) -> None:
-    """Copies a checkpoint with the lowest val loss to model_best.pt, if that is gone.
+    """Copies a checkpoint with the lowest val loss to model_best.pt, if that does not hold it.
 
-    A kill after the next best one leaves a file of a later step, which is archived.
+    A kill after the next best one leaves a file of a later step, which is archived, a full disk an older one.
     """
     path, step = best_path(log_dir), checkpoint.state["step"]
-    if checkpoint.state.get("best_step") == step > 0 and not path.exists():
+    if checkpoint.state.get("best_step") == step > 0 and saved_step(path) != step:
         try:
             with open(checkpoint.path, "rb") as source, whole_file(path, "wb") as copy:
                 shutil.copyfileobj(source, copy)
@@ -334,16 +337,18 @@ def how_to_continue(
     identity: Identity, checkpoint: Checkpoint, changed: dict[str, tuple[Any, Any]]
 ) -> list[str]:
     """What to change on the command line, so that this run is the one of a checkpoint."""
-    settings, sizes = checkpoint.state["train_args"], checkpoint.model["config"]
+    saved, sizes = checkpoint.state, checkpoint.model["config"]
+    settings = saved["train_args"]
     names = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "block_size": "seq_len"}
     needed = {
         flag: sizes.get(key) for key, flag in names.items() if sizes.get(key) != identity.config.get(key)
     }
     needed |= {key: changed[key][0] for key in REFUSED if key in changed}
-    # "bpe" without a size, which earlier versions recorded, is of shards: they need no flag.
-    if checkpoint.state["tokenizer"] != identity.tokenizer and settings.get("tokenizer") not in MODELS:
-        needed["tokenizer"] = settings.get("tokenizer")
-    if other_data := checkpoint.state["data"] != identity.data:
+    if saved["tokenizer"] != identity.tokenizer:
+        # Shards have their own, and "bpe" alone, as earlier versions recorded it, names none.
+        if "shards" not in saved["data"][0] and settings.get("tokenizer") not in MODELS:
+            needed["tokenizer"] = settings.get("tokenizer")
+    if other_data := saved["data"] != identity.data:
         needed["data"] = settings.get("data")
     differ = {key: value for key, value in needed.items() if value != identity.settings.get(key, value)}
     flags = [f"{flag_of(key)} {quoted(str(value))}" for key, value in differ.items() if value is not None]

@@ -16,6 +16,8 @@ from utils.shards.encoder import encode_one_by_one
 from utils.shards.format import find_all_shards
 from utils.shards.token_files import names_tokenizer
 from utils.shards.tokenizer import tokenizer_of
+from utils.suggestions import similar_file
+from utils.text_files import quoted
 from utils.tokenizer import END_OF_TEXT, Tokenizer, has_tiktoken, pieces_of, tokenizer_from_state
 from utils.tokenizer_json import read_tokenizer, train_bpe
 from utils.weights.checkpoint import Checkpoint
@@ -40,13 +42,26 @@ def requested_tokenizer(
     """
     if requested in (None, "gpt2", "char"):
         return requested and {"name": available_tokenizer(requested, dist)}
-    saved = None
-    if checkpoint and checkpoint.state["train_args"].get("tokenizer") == requested:
-        saved = checkpoint.model["tokenizer"]
-    if not requested.startswith("bpe:"):
+    if requested.startswith("bpe:"):
+        new = {"name": "bpe", "vocab_size": int(requested.removeprefix("bpe:"))}
+        return recorded_tokenizer(requested, checkpoint) or new
+
+    def read() -> dict[str, Any]:
         path = Path(requested)
-        return dist.on_master(lambda: saved if saved and not os.path.exists(path) else read_tokenizer(path))
-    return saved or {"name": "bpe", "vocab_size": int(requested.removeprefix("bpe:"))}
+        if state := recorded_tokenizer(requested, checkpoint):
+            return state
+        if not os.path.exists(path) and (close := similar_file(path)):
+            raise UserError(f"no file {path}", f"did you mean --tokenizer {quoted(close)}?")
+        return read_tokenizer(path)
+
+    return dist.on_master(read)
+
+
+def recorded_tokenizer(requested: str | None, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """State of a checkpoint's tokenizer, if its run had the same `--tokenizer` and that names no file now."""
+    if checkpoint is None or checkpoint.state["train_args"].get("tokenizer") != requested:
+        return None
+    return None if requested is None or os.path.exists(requested) else checkpoint.model["tokenizer"]
 
 
 def fits_request(requested: str, state: dict[str, Any]) -> bool:
