@@ -4,7 +4,7 @@ Environment variables:
     WATCH: a folder that receives, for every rank, the windows of each micro-step and the gradients of the
         first step.
     FAULT: WHAT@STEP:RANK; WHAT is raise, kill, hang, exit, sigterm, nan, or wait (for a signal).
-    SLOW_SAVE: seconds by which every save is delayed.
+    SLOW_SAVE: seconds by which the first save is delayed.
 """
 
 from __future__ import annotations
@@ -81,15 +81,18 @@ def watch(folder: Path) -> None:
     torch.nn.utils.clip_grad_norm_ = clip
 
 
-def slow_saves(seconds: float) -> None:
-    """Delays every save of rank 0, while the other ranks wait."""
-    real_save = checkpoint.save_atomically
-    checkpoint.save_atomically = lambda contents: (time.sleep(seconds), real_save(contents))
+def slow_first_save(seconds: float) -> None:
+    """Delays the first save of rank 0, while the other ranks wait."""
+    real_save, delays = checkpoint.save_atomically, [seconds]
+    checkpoint.save_atomically = lambda contents: (
+        time.sleep(delays.pop() if delays else 0),
+        real_save(contents),
+    )
 
 
 if __name__ == "__main__":
     begin_script()
-    slow_saves(float(os.environ.get("SLOW_SAVE", 0)))
+    slow_first_save(float(os.environ.get("SLOW_SAVE", 0)))
     train_gpt.update = update_with_fault
     if "WATCH" in os.environ:
         watch(Path(os.environ["WATCH"]))

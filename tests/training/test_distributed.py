@@ -83,14 +83,25 @@ def windows_of(log_dir: Path, num_ranks: int, windows_per_step: int = 8, steps: 
     return [flat[i * windows_per_step : (i + 1) * windows_per_step] for i in range(steps)]
 
 
+class Jobs(dict[int, Path]):
+    """Log directories of the same 20 steps on n processes, each run when it is first asked for."""
+
+    def __init__(self, text_file: Path, folder: Path):
+        super().__init__()
+        self.text_file, self.folder = text_file, folder
+
+    def __missing__(self, n: int) -> Path:
+        self[n] = finished(n, self.text_file, self.folder / str(n))
+        return self[n]
+
+
 @pytest.fixture(scope="module")
-def jobs(short_text, tmp_path_factory) -> dict[int, Path]:
-    """Log directories of the same 20 steps on 1 process x accumulation 4, 2 x 2 and 4 x 1."""
-    folder = tmp_path_factory.mktemp("jobs")
-    return {n: finished(n, short_text, folder / str(n)) for n in (1, 2, 4)}
+def jobs(short_text, tmp_path_factory) -> Jobs:
+    """The same 20 steps on 1 process x accumulation 4, 2 x 2 and 4 x 1."""
+    return Jobs(short_text, tmp_path_factory.mktemp("jobs"))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_the_gradients_of_one_process(num_ranks, jobs):
     """In the first step, per tensor and on every rank, the relative norm of the difference is below 1e-5."""
     expected = torch.load(jobs[1] / ".gradients_0.pt", weights_only=True)
@@ -100,13 +111,13 @@ def test_ranks_give_the_gradients_of_one_process(num_ranks, jobs):
             assert (mine - theirs).norm() < 1e-5 * theirs.norm()
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_the_losses_of_one_process(num_ranks, jobs):
     """Twenty steps and five validations: the same lines, with values equal to 1e-4."""
     assert_same_losses(jobs[num_ranks], jobs[1])
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_train_on_the_windows_of_one_process(num_ranks, jobs):
     """Every step has the same windows in the same order, also across the end of an epoch."""
     assert windows_of(jobs[num_ranks], num_ranks) == windows_of(jobs[1], 1)
@@ -187,7 +198,8 @@ def test_a_port_in_use_is_an_error_with_its_address(tmp_path):
     assert "--master_port" in process.stderr and "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize("target", ["launcher", pytest.param("one worker", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("target", ["launcher", "one worker"])
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_ranks_after_saving(target, short_text, tmp_path, jobs):
     """SIGTERM to torchrun or to one worker; the resumed job writes the log of an uninterrupted one."""
     if target == "launcher":
