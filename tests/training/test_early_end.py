@@ -143,10 +143,12 @@ def test_a_best_checkpoint_that_could_not_be_saved_is_not_named(
         real(path, content)
 
     monkeypatch.setattr(resume, "save_model", save_model)
-    assert train(short_text, tmp_path, "--patience", "1") == 0
+    assert train(short_text, tmp_path, "--patience", "1", "--keep-checkpoints", "9") == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1].endswith(f"; best val loss 2.4000 at step 12: not in {tmp_path}")
     assert saved_step(tmp_path / "model_best.pt") == 8
+    assert train(short_text, tmp_path, "--patience", "2", "--resume", str(tmp_path / "model_00012.pt")) == 0
+    assert saved_step(tmp_path / "model_best.pt") == 12  # copied from the checkpoint, which was the best
 
 
 def test_the_best_checkpoint_cannot_be_resumed_from(short_text, stopped_run):

@@ -235,29 +235,7 @@ def start_or_resume(
     Returns lines for the console. Raises UserError if the checkpoint is of another run.
     """
 
-    def prepare() -> list[str]:
-        if checkpoint is None:
-            archive_run(args.log_dir)
-            return ["nothing to resume in the log directory: a fresh start"] if args.resume else []
-        path, step = checkpoint.path, checkpoint.state["step"]
-        for warning in check_same_run(identity, checkpoint):
-            warn(warning)
-        check_fits(checkpoint, state.model, state.optimizers)
-        if path.resolve().parent == args.log_dir.resolve():
-            other_val = has_other_val_tokens(checkpoint.state, args)
-            archive_run(args.log_dir, checkpoints_after=step, with_best=other_val)
-            if other_val:
-                warn("val losses are measured on other tokens: the best one so far does not compare")
-            else:
-                restore_best(args.log_dir, checkpoint)
-            cut_logs_back(args.log_dir, checkpoint.state["log"])
-            state.resumed_from = path
-        else:
-            archive_run(args.log_dir)
-        state.newest_checkpoint = path
-        return [f"resumed {path} at step {step}"]
-
-    lines = dist.on_master(prepare)
+    lines = dist.on_master(lambda: prepare_log_dir(state, identity, checkpoint, args))
     # From rank 0 to every rank: nodes need no shared disk.
     saved = checkpoint and {**checkpoint.model, **checkpoint.state}
     with announced("sending the checkpoint to all processes", shown=dist.is_master):
@@ -273,6 +251,35 @@ def start_or_resume(
             if dist.device.type == "cuda" and "cuda" in rng:
                 torch.cuda.set_rng_state(rng["cuda"][dist.rank].cpu(), dist.device)
     return lines
+
+
+def prepare_log_dir(
+    state: TrainState, identity: Identity, checkpoint: Checkpoint | None, args: Namespace
+) -> list[str]:
+    """Leaves in the log directory what this run continues, and archives the rest. Returns lines to print.
+
+    Raises UserError if the checkpoint is of another run: nothing has been moved then.
+    """
+    if checkpoint is None:
+        archive_run(args.log_dir)
+        return ["nothing to resume in the log directory: a fresh start"] if args.resume else []
+    path, step = checkpoint.path, checkpoint.state["step"]
+    for warning in check_same_run(identity, checkpoint):
+        warn(warning)
+    check_fits(checkpoint, state.model, state.optimizers)
+    if path.resolve().parent == args.log_dir.resolve():
+        other_val = has_other_val_tokens(checkpoint.state, args)
+        archive_run(args.log_dir, checkpoints_after=step, with_best=other_val)
+        if other_val:
+            warn("val losses are measured on other tokens: the best one so far does not compare")
+        else:
+            restore_best(args.log_dir, checkpoint)
+        cut_logs_back(args.log_dir, checkpoint.state["log"])
+        state.resumed_from = path
+    else:
+        archive_run(args.log_dir)
+    state.newest_checkpoint = path
+    return [f"resumed {path} at step {step}"]
 
 
 def has_other_val_tokens(saved: dict[str, Any], args: Namespace) -> bool:
