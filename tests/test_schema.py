@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from utils.schema import Exactly, count, find_problem, one_of, optional, or_none, text, variants
+from utils.schema import Exactly, Optional, count, find_problem, one_of, or_none, text, variants
 
 SCHEMA = {
-    "done": optional(or_none(text)),
+    "done": Optional(or_none(text)),
     "pairs": [(text, count)],
     "head": Exactly(version=one_of(1, 2)),
     "source": variants("kind", files={"path": text}, hub={}),

@@ -16,14 +16,19 @@ class Rule(NamedTuple):
 
     expected: str  # continues "expected"
     holds: Callable[[Any], bool]
-    required: bool = True  # of a key that may be missing it is False
 
 
-class Exactly(dict[str, "Schema"]):
+class Optional(NamedTuple):
+    """The schema of a key that may be missing."""
+
+    schema: Any
+
+
+class Exactly(dict[str, "Schema | Optional"]):
     """A schema of a dict that has no other keys."""
 
 
-Schema = Rule | Mapping[str, "Schema"] | list["Schema"] | tuple["Schema", ...] | Callable[[dict], "Schema"]
+Schema = Rule | Mapping[str, Any] | list["Schema"] | tuple["Schema", ...] | Callable[[dict], "Schema"]
 
 
 def find_problem(value: Any, schema: Schema, place: str = "") -> str | None:
@@ -44,10 +49,11 @@ def find_problem(value: Any, schema: Schema, place: str = "") -> str | None:
         return find_problem(value, a_dict, place)
     for key, inner in schema.items():
         name = f"{place}.{key}" if place else key
+        is_optional = isinstance(inner, Optional)
         if key not in value:
-            if not isinstance(inner, Rule) or inner.required:
+            if not is_optional:
                 return f"key {name} is missing"
-        elif problem := find_problem(value[key], inner, name):
+        elif problem := find_problem(value[key], inner.schema if is_optional else inner, name):
             return problem
     unknown = [shown(key) for key in value if key not in schema] if isinstance(schema, Exactly) else []
     return f"{here} has the unknown {', '.join(unknown[:3])}" if unknown else None
@@ -109,11 +115,6 @@ def one_of(*constants: str | int) -> Rule:
 def or_none(rule: Rule) -> Rule:
     """The same rule for a value that may be None."""
     return Rule(f"{rule.expected} or None", lambda value: value is None or rule.holds(value))
-
-
-def optional(rule: Rule) -> Rule:
-    """The same rule for a key that may be missing."""
-    return rule._replace(required=False)
 
 
 def variants(key: str, **schemas: Mapping[str, Schema]) -> Callable[[dict], Schema]:

@@ -207,7 +207,10 @@ def test_a_resumed_run_does_not_need_its_tokenizer_json(world, tmp_path, monkeyp
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_in_update(patch, 7)
         train(world, tmp_path / "log", *flags)
+    model, tuned = str(tmp_path / "whole" / "model_00008.pt"), ("--tokenizer", str(path), "--max-steps")
+    assert train(world, tmp_path / "tuned", *tuned, "2", "--init-from", model) == 0
     path.unlink()
+    assert train(world, tmp_path / "tuned", *tuned, "4", "--resume") == 0
     assert train(world, tmp_path / "log", *flags, "--resume") == 0
     assert_same_run(tmp_path / "log", tmp_path / "whole", step=8)
     with pytest.raises(UserError, match=f"cannot read {path}: No such file"):

@@ -15,12 +15,12 @@ from utils.command_line import UserError
 from utils.files import sha256_of, whole_file
 from utils.schema import (
     Exactly,
+    Optional,
     Rule,
     a_list,
     check,
     count,
     one_of,
-    optional,
     or_none,
     positive,
     text,
@@ -49,7 +49,7 @@ SETTINGS = {
     "shard_tokens": positive,
     "val_tokens": or_none(positive),
     "text_field": or_none(text),
-    "bad_rows": optional(one_of("stop", "skip")),  # an earlier version did not have what is optional
+    "bad_rows": Optional(one_of("stop", "skip")),  # an earlier version did not have what is optional
     "source": variants(
         "kind",
         files={"files": [(text, count, sha256)]},
@@ -63,10 +63,10 @@ SCHEMA = Exactly(
     settings=lambda settings: Exactly(
         {**SETTINGS, "tokenizer_sha256" if "tokenizer_sha256" in settings else "merges_sha256": sha256}
     ),
-    inputs=optional(or_none(a_list)),  # of INPUTS
+    inputs=Optional(or_none(a_list)),  # of INPUTS
     complete=one_of(True, False),
     tokens=count,
-    skipped_rows=optional(count),
+    skipped_rows=Optional(count),
     shards=a_list,  # see `Manifest.next_schema`
 )
 INPUTS = [Exactly(path=text, bytes=count, sha256=sha256)]
@@ -161,7 +161,7 @@ class Manifest:
             tokens=whole(1, self.settings["shard_tokens"]),
             sha256=sha256,
             documents=whole(before["documents"]),
-            skipped_rows=skipped_rows if before["skipped_rows"] else optional(skipped_rows),
+            skipped_rows=skipped_rows if before["skipped_rows"] else Optional(skipped_rows),
             next=(whole(0, len(self.settings["source"]["files"]) - 1), count, count),
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 from utils.command_line import ArgumentParser, UserError, format_duration, perplexity, run_script
 from utils.files import whole_file
 from utils.hellaswag.results import standard_error
-from utils.schema import count, find_problem, is_number, optional, positive
+from utils.schema import Optional, count, find_problem, is_number, positive
 from utils.training.log_reader import (
     BEST,
     HELLASWAG_REFERENCES,
@@ -31,7 +31,7 @@ from utils.training.state import Progress
 def write_report(log_dir: Path) -> Path:
     """Writes `report.md` from the logs, and returns its path. Raises UserError if they hold no run."""
     records = read_metrics(log_dir / "metrics.jsonl")
-    counts = {"max_steps": positive, "total_batch_tokens": positive, "patience": optional(count)}
+    counts = {"max_steps": positive, "total_batch_tokens": positive, "patience": Optional(count)}
     starts = [r for r in records if r["kind"] == "run" and find_problem(r, {"settings": counts}) is None]
     curves = read_log(log_dir / "log.txt")
     if not starts or not curves:

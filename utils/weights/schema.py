@@ -14,6 +14,7 @@ from utils.command_line import UserError, format_bytes, shown
 from utils.runtime import memory_bytes
 from utils.schema import (
     Exactly,
+    Optional,
     Rule,
     Schema,
     a_dict,
@@ -25,7 +26,6 @@ from utils.schema import (
     is_number,
     number,
     one_of,
-    optional,
     or_none,
     plain_dict,
     positive,
@@ -52,7 +52,7 @@ LARGEST_SIZES = {
 }
 dropout = Rule("a number of at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
 # Exactly, because an unknown key would mean another model.
-CONFIG = Exactly({name: whole(1, n) for name, n in LARGEST_SIZES.items()}, dropout=optional(dropout))
+CONFIG = Exactly({name: whole(1, n) for name, n in LARGEST_SIZES.items()}, dropout=Optional(dropout))
 
 
 def size_problems(sizes: Mapping[str, Any]) -> list[str]:
@@ -161,16 +161,16 @@ STATE_FILE: dict[str, Schema] = {
     "windows": count,
     "done": [text],
     "seconds": duration,
-    "best_loss": optional(or_none(number)),  # not in checkpoints of version 0.1
-    "best_step": optional(count),
-    "since_best": optional(count),
-    **{name: optional(a_dict) for name in OPTIMIZERS},
+    "best_loss": Optional(or_none(number)),  # not in checkpoints of version 0.1
+    "best_step": Optional(count),
+    "since_best": Optional(count),
+    **{name: Optional(a_dict) for name in OPTIMIZERS},
     "scaler": Rule("the state of a GradScaler, or an empty dict", _is_scaler),
     "spikes": {"accepted": [number], "skips": [one_of(0, 1)], "num_skipped": count},
     "train_args": plain_dict,
     "tokenizer": WEIGHTS["tokenizer"],
     "data": (fingerprint, fingerprint),
-    "rng": {"cpu": _states(_is_rng_state), "cuda": optional(_states(_is_cuda_rng_state))},
+    "rng": {"cpu": _states(_is_rng_state), "cuda": Optional(_states(_is_cuda_rng_state))},
     "log": Rule("sizes by name", lambda value: plain_dict.holds(value) and all(map(is_int, value.values()))),
     "environment": plain_dict,
 }
